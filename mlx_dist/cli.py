@@ -1,0 +1,223 @@
+"""The command line: what each command takes, and how its result is shown.
+
+Importing this module imports neither MLX nor MPI, so that `-n 3` can become mpirun at once and a
+rank can open its BLAS first.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import mlx_dist
+from mlx_dist.cluster import launch
+from mlx_dist.cluster.blas import preload_blas
+from mlx_dist.config import Dtype, Fabric, RunConfig, parse_layers
+from mlx_dist.demo import MODEL_DIR
+from mlx_dist.errors import ConfigError, RequestError
+from mlx_dist.messages import Sampling
+
+app = typer.Typer(
+    help="One language model on 2 to 8 machines: an MPI program for Apple's MLX.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Option(help="A model's folder or hub id.")]
+NumRanks = Annotated[
+    int | None, typer.Option("-n", "--ranks", help="Start this many ranks under mpirun.")
+]
+Hostfile = Annotated[Path | None, typer.Option(help="mpirun's list of hosts, used with -n.")]
+Layers = Annotated[str | None, typer.Option(help="Layers of each rank, as in 3,1,2. Even if left.")]
+FabricOption = Annotated[Fabric, typer.Option("--fabric", help="What moves arrays.")]
+DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Convert the weights to this.")]
+PrefillChunk = Annotated[int, typer.Option(help="Most prompt tokens in one step.")]
+JacclDevices = Annotated[Path | None, typer.Option(help="Device matrix for --fabric jaccl.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+_DEMO = str(MODEL_DIR)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Option(help="The text to answer, or - to read it from stdin.")],
+    model: Model = _DEMO,
+    num_ranks: NumRanks = None,
+    hostfile: Hostfile = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option("--chat/--raw", help="As a chat, or as it is. Chat if there is a template."),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from this share of probability.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Sample from this many tokens; 0 is all.")] = 0,
+    min_p: Annotated[float, typer.Option(help="Least probability, of the likeliest's.")] = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Divide repeats' logits; 1 is off.")
+    ] = 1,
+    presence_penalty: Annotated[float, typer.Option(help="Take from logits of tokens seen.")] = 0,
+    frequency_penalty: Annotated[float, typer.Option(help="The same, for each time seen.")] = 0,
+    logit_bias: Annotated[
+        list[str] | None, typer.Option(help="TOKEN_ID:BIAS, added to a logit; may repeat.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same tokens.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End the text before this string; may repeat.")
+    ] = None,
+    layers: Layers = None,
+    fabric: FabricOption = Fabric.auto,
+    dtype: DtypeOption = Dtype.auto,
+    prefill_chunk: PrefillChunk = 512,
+    jaccl_devices: JacclDevices = None,
+    as_json: AsJson = False,
+) -> None:
+    """Generate text from one prompt."""
+    config = RunConfig(model, parse_layers(layers), fabric, dtype, prefill_chunk, jaccl_devices)
+    sampling = Sampling(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        logit_bias=_parse_logit_bias(logit_bias or []),
+        seed=secrets.randbits(63) if seed is None else seed,
+    )
+    _check_request(sampling, max_tokens, stop or [])
+    blas = _become_ranks(num_ranks, hostfile)
+
+    from mlx_dist.generate import Wanted, run_generate
+
+    wanted = Wanted(prompt, chat, max_tokens, sampling, tuple(stop or ()))
+    run_generate(config, blas, wanted, as_json)
+
+
+@app.command()
+def verify(
+    model: Model = _DEMO,
+    num_ranks: NumRanks = None,
+    hostfile: Hostfile = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="A prompt to compare on; may repeat.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens to decode after each prompt.")] = 8,
+    layers: Layers = None,
+    fabric: FabricOption = Fabric.auto,
+    dtype: DtypeOption = Dtype.auto,
+    prefill_chunk: PrefillChunk = 16,
+    jaccl_devices: JacclDevices = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare the placement with one process, layer by layer. Exit code 1 if they differ."""
+    config = RunConfig(model, parse_layers(layers), fabric, dtype, prefill_chunk, jaccl_devices)
+    _check_request(Sampling(), max_tokens, [])
+    blas = _become_ranks(num_ranks, hostfile)
+
+    from mlx_dist.verify import run_verify
+
+    if not run_verify(config, blas, prompt, max_tokens, as_json):
+        sys.exit(1)
+
+
+@app.command()
+def bench(
+    model: Model = _DEMO,
+    num_ranks: NumRanks = None,
+    hostfile: Hostfile = None,
+    prompt_tokens: Annotated[int, typer.Option("-p", help="Length of the random prompt.")] = 128,
+    generation_tokens: Annotated[int, typer.Option("-g", help="Tokens to generate.")] = 64,
+    num_trials: Annotated[int, typer.Option("-r", help="Measured repetitions.")] = 3,
+    layers: Layers = None,
+    fabric: FabricOption = Fabric.auto,
+    dtype: DtypeOption = Dtype.auto,
+    prefill_chunk: PrefillChunk = 512,
+    jaccl_devices: JacclDevices = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure prompt and generation speed on random tokens."""
+    config = RunConfig(model, parse_layers(layers), fabric, dtype, prefill_chunk, jaccl_devices)
+    for flag, value in (("-p", prompt_tokens), ("-g", generation_tokens), ("-r", num_trials)):
+        if value < 1:
+            raise ConfigError(f"{flag} is {value}; use 1 or more")
+    blas = _become_ranks(num_ranks, hostfile)
+
+    from mlx_dist.bench import run_bench
+
+    run_bench(config, blas, prompt_tokens, generation_tokens, num_trials, as_json)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(mlx_dist.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _become_ranks(num_ranks: int | None, hostfile: Path | None) -> str:
+    """Start the ranks that are asked for, or be one; answer which BLAS it multiplies with."""
+    if not launch.under_a_launcher():
+        if num_ranks is not None and num_ranks != 1:
+            launch.relaunch(num_ranks, hostfile, sys.argv[1:])
+        if hostfile is not None:
+            raise ConfigError("--hostfile goes with -n; say how many ranks to start")
+    elif num_ranks is not None and str(num_ranks) != os.environ.get(
+        "OMPI_COMM_WORLD_SIZE", str(num_ranks)
+    ):
+        raise ConfigError(
+            f"-n {num_ranks} under a launcher that started "
+            f"{os.environ['OMPI_COMM_WORLD_SIZE']} ranks; leave -n out"
+        )
+    return preload_blas(launch.threads_per_rank())
+
+
+def _parse_logit_bias(pairs: list[str]) -> dict[int, float]:
+    bias = {}
+    for pair in pairs:
+        token, _, value = pair.partition(":")
+        try:
+            bias[int(token)] = float(value)
+        except ValueError:
+            raise RequestError(
+                f"--logit-bias {pair!r} is not TOKEN_ID:BIAS, as in 42:-100"
+            ) from None
+    return bias
+
+
+def _check_request(sampling: Sampling, max_tokens: int, stop: list[str]) -> None:
+    """Raise RequestError for a value that no sampler takes."""
+    limits = {
+        "temperature": (0, 100),
+        "top_p": (0, 1),
+        "top_k": (0, 1 << 31),
+        "min_p": (0, 1),
+        "repetition_penalty": (0.01, 100),
+        "presence_penalty": (-100, 100),
+        "frequency_penalty": (-100, 100),
+        "seed": (0, (1 << 64) - 1),
+    }
+    for name, (least, most) in limits.items():
+        value = getattr(sampling, name)
+        # Written so that NaN is refused too.
+        if not least <= value <= most:
+            flag = "--" + name.replace("_", "-")
+            raise RequestError(f"{flag} is {value}; use a value from {least} to {most}")
+    if max_tokens < 1:
+        raise RequestError(f"--max-tokens is {max_tokens}; use 1 or more")
+    if any(not text for text in stop):
+        raise RequestError("--stop is empty; leave it out to stop at the end of the answer")

@@ -1,0 +1,1 @@
+"""The machines: how ranks are started, meet, talk and end."""

@@ -1,0 +1,35 @@
+"""Which BLAS MLX multiplies with on Linux. Knows nothing of ranks.
+
+MLX's CPU build for x86-64 ships the reference BLAS. An optimized one that is opened with global
+symbols before `mlx.core` is imported takes its place; on macOS MLX uses Accelerate.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+
+# Debian's and Fedora's names, in order of preference.
+_LIBRARIES = ("libopenblas.so.0", "libopenblasp.so.0", "libblis.so.4", "libmkl_rt.so.2")
+_THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "BLIS_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+def preload_blas(num_threads: int) -> str:
+    """Open an optimized BLAS if this host has one, and say which BLAS MLX will use.
+
+    Must run before the first import of `mlx.core`. A thread count that the user has set in the
+    environment stays as it is.
+    """
+    for variable in _THREAD_VARIABLES:
+        os.environ.setdefault(variable, str(num_threads))
+    if sys.platform == "darwin":
+        return "Accelerate"
+    assert "mlx.core" not in sys.modules, "the BLAS must be opened before mlx.core is imported"
+    for library in _LIBRARIES:
+        try:
+            ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
+        except OSError:
+            continue
+        return library
+    return "reference"

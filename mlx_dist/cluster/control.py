@@ -1,0 +1,117 @@
+"""The control plane: numbered frames between ranks. Knows frames; knows no plans and no model.
+
+What carries them is a `Wire`: MPI where there is one (`cluster.mpi`), else the fabric itself
+(`cluster.fabric`).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Protocol
+
+from mlx_dist.errors import ProtocolError
+from mlx_dist.messages import AnyMessage, Message, decode, encode
+
+ABORT_CODE = 86
+
+
+class Wire(Protocol):
+    """Carries bytes between ranks, in order for each pair."""
+
+    def send(self, frame: bytes, destination: int) -> None:
+        """Send `frame`; may return before it has arrived."""
+
+    def receive(self, source: int) -> bytes:
+        """The next frame from `source`; waits without burning a core where the carrier can."""
+
+    def all_gather(self, frame: bytes, deadline_s: float | None) -> list[bytes]:
+        """Every rank's frame, in rank order, on every rank.
+
+        Raises WorldError naming the missing ranks if `deadline_s` passes first.
+        """
+
+
+class Control:
+    """Numbers the frames of each pair of ranks, so that none is lost or taken for another."""
+
+    def __init__(self, wire: Wire, rank: int) -> None:
+        self._wire = wire
+        self._rank = rank
+        self._sent: defaultdict[int, int] = defaultdict(int)
+        self._received: defaultdict[int, int] = defaultdict(int)
+        self._gathered = 0
+        self._trace = os.environ.get("MLX_DIST_TRACE") == "1"
+
+    def send(self, message: Message, destination: int) -> None:
+        """Send `message` to rank `destination`."""
+        self._wire.send(encode(message, self._sent[destination]), destination)
+        self._say(f"{self._sent[destination]} -> r{destination}", message)
+        self._sent[destination] += 1
+
+    def receive(self, source: int) -> AnyMessage:
+        """The next message from rank `source`. Raises ProtocolError if it is not that."""
+        message = decode(self._wire.receive(source), self._received[source])
+        self._say(f"{self._received[source]} <- r{source}", message)
+        self._received[source] += 1
+        return message
+
+    def all_gather(self, message: Message, deadline_s: float | None = None) -> list[AnyMessage]:
+        """Every rank's message, in rank order, on every rank."""
+        frames = self._wire.all_gather(encode(message, self._gathered), deadline_s)
+        messages = [decode(frame, self._gathered) for frame in frames]
+        self._gathered += 1
+        return messages
+
+    def _say(self, route: str, message: Message) -> None:
+        if self._trace:
+            print(f"r{self._rank} frame {route} {message}", file=sys.stderr, flush=True)
+
+
+class LoopbackWire:
+    """The control plane of a world of one."""
+
+    def __init__(self) -> None:
+        self._frames: list[bytes] = []
+
+    def send(self, frame: bytes, destination: int) -> None:
+        self._frames.append(frame)
+
+    def receive(self, source: int) -> bytes:
+        if not self._frames:
+            raise ProtocolError("a world of one waits for a message that nobody can send")
+        return self._frames.pop(0)
+
+    def all_gather(self, frame: bytes, deadline_s: float | None) -> list[bytes]:
+        return [frame]
+
+
+class Waiter:
+    """Waits for something to come without burning a core that another rank computes on.
+
+    Spins for a moment, then sleeps ever longer: at most 1 ms while a request runs, 5 ms once
+    nothing has come for a second.
+    """
+
+    SPIN_S = 100e-6
+    FIRST_SLEEP_S = 50e-6
+    BUSY_SLEEP_S = 1e-3
+    IDLE_AFTER_S = 1.0
+    IDLE_SLEEP_S = 5e-3
+
+    def __iter__(self) -> Iterator[float]:
+        """Yields the seconds waited so far, before each look."""
+        start = time.monotonic()
+        sleep_s = self.FIRST_SLEEP_S
+        while True:
+            waited_s = time.monotonic() - start
+            yield waited_s
+            if waited_s < self.SPIN_S:
+                time.sleep(0)
+                continue
+            time.sleep(sleep_s)
+            longest_s = self.IDLE_SLEEP_S if waited_s > self.IDLE_AFTER_S else self.BUSY_SLEEP_S
+            sleep_s = min(sleep_s * 1.2, longest_s)

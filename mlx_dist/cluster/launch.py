@@ -1,0 +1,94 @@
+"""Starting ranks: from `-n 3` on the command line to a process under mpirun.
+
+Knows command lines and environments; knows no MPI.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from mlx_dist.cluster import mpi
+from mlx_dist.errors import ConfigError, LaunchError
+
+MAX_RANKS = 64
+# mpirun gives ranks on other hosts only the variables it is told to.
+_FORWARDED = ("MLX_", "HF_", "OPENBLAS_", "OMP_", "BLIS_", "MKL_")
+# What these name is true on this host only.
+_LOCAL = ("MLX_RANK", "MLX_HOSTFILE", "MLX_MPI_LIBNAME")
+
+
+def under_a_launcher() -> bool:
+    """Whether this process is already a rank that mpirun or mlx.launch started."""
+    return mpi.launched_by_mpirun() or "MLX_RANK" in os.environ
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the rank that speaks for all, before it has met the others."""
+    return os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("MLX_RANK", "0")) == "0"
+
+
+def ranks_on_this_host() -> int:
+    """How many ranks share this host's cores, as far as the launcher tells."""
+    if mpi.launched_by_mpirun():
+        return int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1"))
+    if "MLX_RANK" in os.environ and "MLX_HOSTFILE" in os.environ:
+        ips = [
+            addresses[0].rsplit(":", 1)[0]
+            for addresses in json.loads(Path(os.environ["MLX_HOSTFILE"]).read_bytes())
+        ]
+        return ips.count(ips[int(os.environ["MLX_RANK"])])
+    return 1
+
+
+def threads_per_rank() -> int:
+    """This host's cores divided by its ranks: more BLAS threads than that slow each other."""
+    if sys.platform == "linux":
+        num_cores = len(os.sched_getaffinity(0))
+    else:
+        num_cores = os.cpu_count() or 1
+    return max(1, num_cores // ranks_on_this_host())
+
+
+def mpirun_command(num_ranks: int, hostfile: Path | None, arguments: list[str]) -> list[str]:
+    """The command that runs `mlx-dist ARGUMENTS` on `num_ranks` ranks.
+
+    Raises ConfigError for a count or a hostfile that cannot be, WorldError without an mpirun.
+    """
+    if not 1 <= num_ranks <= MAX_RANKS:
+        raise ConfigError(f"-n {num_ranks} is not between 1 and {MAX_RANKS}")
+    mpirun, _ = mpi.installation()
+    command = [str(mpirun), "-np", str(num_ranks), "--bind-to", "none"]
+    if hostfile is None:
+        command += ["--map-by", ":OVERSUBSCRIBE"]
+    elif hostfile.is_file():
+        command += ["--hostfile", str(hostfile.absolute())]
+    else:
+        raise ConfigError(f"--hostfile {hostfile} does not exist; see hostfile.txt for an example")
+    # A waiting rank must leave its core to one that computes.
+    command += ["--mca", "mpi_yield_when_idle", "1"]
+    if os.geteuid() == 0:
+        command.append("--allow-run-as-root")
+    for name in sorted(os.environ):
+        if name.startswith(_FORWARDED) and name not in _LOCAL:
+            command += ["-x", name]
+    # By absolute path: a bare name is looked up on the other host with another PATH.
+    return [*command, str(Path(sys.executable).absolute()), "-m", "mlx_dist", *arguments]
+
+
+def relaunch(num_ranks: int, hostfile: Path | None, arguments: list[str]) -> NoReturn:
+    """Become mpirun with `num_ranks` ranks of this program. Does not return."""
+    if sys.stderr.isatty():
+        # Under mpirun stderr is a pipe; the ranks cannot see that a person watches.
+        os.environ["MLX_DIST_TERMINAL_WIDTH"] = str(shutil.get_terminal_size().columns)
+    command = mpirun_command(num_ranks, hostfile, arguments)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    try:
+        os.execv(command[0], command)
+    except OSError as error:
+        raise LaunchError(f"{command[0]} does not start: {error}") from None

@@ -1,0 +1,72 @@
+"""Settings that all ranks share, checked once. Knows no arrays and no MPI."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from mlx_dist.errors import ConfigError, PlacementError
+
+
+class Fabric(StrEnum):
+    """The `mlx.distributed` backend that moves arrays."""
+
+    auto = "auto"
+    mpi = "mpi"
+    ring = "ring"
+    jaccl = "jaccl"
+
+
+class Dtype(StrEnum):
+    """What the weights are converted to while loading; `auto` keeps what the files have."""
+
+    auto = "auto"
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+@dataclass(frozen=True, slots=True)
+class RunConfig:
+    """What a run of the program is given, the same on every rank.
+
+    `layers` holds the number of layers of each rank, or None for an even split. `prefill_chunk`
+    is the largest number of prompt tokens in one step.
+    """
+
+    model: str
+    layers: tuple[int, ...] | None = None
+    fabric: Fabric = Fabric.auto
+    dtype: Dtype = Dtype.auto
+    prefill_chunk: int = 512
+    jaccl_devices: Path | None = None
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise ConfigError("--model is empty; name a folder or a hub id")
+        if self.prefill_chunk < 1:
+            raise ConfigError(f"--prefill-chunk is {self.prefill_chunk}; use 1 or more")
+        if self.fabric is Fabric.jaccl and self.jaccl_devices is None:
+            raise ConfigError(
+                "--fabric jaccl needs --jaccl-devices FILE, the JSON matrix of RDMA devices "
+                "that `mlx.distributed_config` writes"
+            )
+
+
+def parse_layers(text: str | None) -> tuple[int, ...] | None:
+    """The counts in "3,1,2". Raises PlacementError if they are not positive whole numbers."""
+    if text is None:
+        return None
+    try:
+        counts = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise PlacementError(
+            f"--layers {text!r} is not a list of counts; write one per rank, as in 3,1,2"
+        ) from None
+    if any(count < 1 for count in counts):
+        raise PlacementError(
+            f"--layers {text!r} leaves a rank without layers; give every rank at least 1 "
+            "or start fewer ranks"
+        )
+    return counts

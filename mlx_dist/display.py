@@ -1,0 +1,88 @@
+"""What a person sees: bars and tables on stderr, JSON on stdout. The leader's only."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
+from mlx_dist.messages import Report
+
+_GIB = 1 << 30
+_MIB = 1 << 20
+
+
+def console() -> Console:
+    """Stderr. Under mpirun it is a pipe, and the width is what the launching terminal had."""
+    if width := os.environ.get("MLX_DIST_TERMINAL_WIDTH"):
+        return Console(stderr=True, force_terminal=True, width=int(width))
+    return Console(stderr=True)
+
+
+@contextmanager
+def progress_bar(
+    label: str, is_shown: bool, in_bytes: bool = False
+) -> Iterator[Callable[[int, int], None]]:
+    """A function that takes (done, total) and moves a bar, if a person watches stderr."""
+    screen = console()
+    if not is_shown or not screen.is_terminal:
+        yield lambda _done, _total: None
+        return
+    count = DownloadColumn(binary_units=True) if in_bytes else MofNCompleteColumn()
+    with Progress(
+        TextColumn(label), BarColumn(), count, console=screen, transient=True
+    ) as progress:
+        task = progress.add_task(label, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def rank_table(reports: list[Report], caption: str) -> None:
+    """Print a line for each rank on stderr."""
+    table = Table(caption=caption, caption_justify="left")
+    for heading in ("rank", "host", "layers", "weights", "peak memory", "load", "busy"):
+        table.add_column(heading, justify="left" if heading == "host" else "right")
+    for report in reports:
+        start, end = report.layers
+        table.add_row(
+            str(report.rank),
+            report.host,
+            f"[{start}, {end})".replace("[", r"\["),
+            _size(report.weights_bytes),
+            _size(report.peak_rss_bytes),
+            f"{report.load_s:.1f} s",
+            f"{report.busy_s:.1f} s",
+        )
+    console().print(table)
+
+
+def print_json(result: dict[str, Any]) -> None:
+    """Print `result` as one JSON object on stdout."""
+    print(json.dumps(result, indent=2), flush=True)
+
+
+def rank_objects(reports: list[Report]) -> list[dict[str, Any]]:
+    """The reports as JSON objects."""
+    return [
+        {field: msgspec.to_builtins(getattr(report, field)) for field in report.__struct_fields__}
+        for report in reports
+    ]
+
+
+def write_text(text: str) -> None:
+    """Print a piece of streamed text on stdout at once."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _size(num_bytes: int) -> str:
+    if num_bytes >= _GIB:
+        return f"{num_bytes / _GIB:.2f} GiB"
+    return f"{num_bytes / _MIB:.1f} MiB"

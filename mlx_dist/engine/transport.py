@@ -1,0 +1,104 @@
+"""Plans, hidden states and tokens between the ranks of a pipeline.
+
+Knows who is next and what a step's arrays look like; knows no model. Every array is announced by
+a `Hidden` message right ahead of it, so that a receiver can sleep until the array is on its way
+and can tell a wrong one from the right one.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import zlib
+from collections.abc import Iterator
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_dist.cluster.world import World
+from mlx_dist.errors import ProtocolError
+from mlx_dist.messages import Close, Hidden, Open, Plan, Shutdown, Step, Tokens, expect
+
+
+class Transport:
+    """One rank's ends of the pipe."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._with_checksum = os.environ.get("MLX_DIST_DEBUG") == "1"
+        self.waited_s = 0.0
+        self.sent_bytes = 0
+
+    def pass_plan(self, plan: Plan) -> None:
+        """Send `plan` down the pipe, ahead of the work it asks for."""
+        if not self._world.is_last:
+            self._world.control.send(plan, self._world.next_rank)
+
+    def plans(self) -> Iterator[Plan]:
+        """What every rank but the leader must do next, `Shutdown` last; each is passed on first."""
+        while True:
+            plan = self._world.control.receive(self._world.previous_rank)
+            if not isinstance(plan, Open | Step | Close | Shutdown):
+                raise ProtocolError(f"{type(plan).__name__} arrived where a plan was due")
+            self.pass_plan(plan)
+            yield plan
+            if isinstance(plan, Shutdown):
+                return
+
+    def send_hidden(self, hidden_BLD: mx.array) -> None:
+        """Send computed activations to the next rank; returns before they have arrived."""
+        checksum = _checksum(hidden_BLD) if self._with_checksum else None
+        dtype = _dtype_name(hidden_BLD.dtype)
+        self._world.control.send(
+            Hidden(list(hidden_BLD.shape), dtype, checksum), self._world.next_rank
+        )
+        sent = mx.distributed.send(
+            hidden_BLD,
+            self._world.next_rank,
+            group=self._world.group,
+            stream=self._world.streams.send,
+        )
+        mx.async_eval(sent)  # type: ignore[no-untyped-call]
+        self.sent_bytes += hidden_BLD.nbytes
+
+    def receive_hidden(self, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+        """The activations from the previous rank, computed.
+
+        Raises ProtocolError unless what was announced and what came is `shape` and `dtype`.
+        """
+        start = time.perf_counter()
+        hidden = expect(self._world.control.receive(self._world.previous_rank), Hidden)
+        if (tuple(hidden.shape), hidden.dtype) != (shape, _dtype_name(dtype)):
+            raise ProtocolError(
+                f"activations {tuple(hidden.shape)} {hidden.dtype} were announced where "
+                f"{shape} {_dtype_name(dtype)} were due"
+            )
+        hidden_BLD = mx.distributed.recv(
+            shape,
+            dtype,
+            self._world.previous_rank,
+            group=self._world.group,
+            stream=self._world.streams.receive,
+        )
+        # Computed now: Metal ends a command buffer that waits for a network.
+        mx.eval(hidden_BLD)
+        self.waited_s += time.perf_counter() - start
+        if hidden.checksum is not None and hidden.checksum != _checksum(hidden_BLD):
+            raise ProtocolError(f"activations {shape} arrived damaged")
+        return hidden_BLD
+
+    def send_tokens(self, tokens: Tokens) -> None:
+        """Answer the leader, from the last stage."""
+        self._world.control.send(tokens, self._world.leader_rank)
+
+    def receive_tokens(self) -> Tokens:
+        """The last stage's next answer, on the leader."""
+        return expect(self._world.control.receive(self._world.last_rank), Tokens)
+
+
+def _dtype_name(dtype: mx.Dtype) -> str:
+    return str(dtype).removeprefix("mlx.core.")
+
+
+def _checksum(array: mx.array) -> int:
+    return zlib.crc32(np.array(mx.contiguous(array).view(mx.uint8)).tobytes())

@@ -1,0 +1,196 @@
+"""Everything that crosses ranks on the control plane, and its frame.
+
+Knows no arrays and no MPI. A frame is a 20-byte header (magic, wire version, sequence number,
+payload length, CRC-32, all little-endian) and a msgpack payload; docs/wire.md has the tables.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from typing import TypeVar
+
+import msgspec
+from msgspec import Struct
+
+from mlx_dist.errors import ProtocolError
+
+MAGIC = b"MXDW"
+WIRE_VERSION = 1
+_HEADER = struct.Struct("<4sIIII")
+HEADER_BYTES = _HEADER.size
+
+
+class Message(Struct, frozen=True, tag=True, array_like=True, forbid_unknown_fields=True):
+    """Base of all messages: an immutable struct whose first element is its type's name."""
+
+
+class Sampling(Struct, frozen=True, array_like=True):
+    """How the last stage turns the logits of one sequence into tokens.
+
+    `temperature` 0 is greedy. `top_p` 1, `top_k` 0, `min_p` 0 and penalties of 0 (repetition: 1)
+    are off. `seed` and the position of a token fix that token's random number, so that neither
+    the cut of the model nor the other sequences of a microbatch can change it.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    seed: int = 0
+
+
+class Open(Message, frozen=True):
+    """Plan: give `slot` empty caches and, on the last stage, this way of sampling."""
+
+    slot: int
+    sampling: Sampling
+
+
+class Row(Struct, frozen=True, array_like=True):
+    """One sequence's share of a step: `tokens` that follow the `position` tokens already cached."""
+
+    slot: int
+    position: int
+    tokens: list[int]
+
+
+class Step(Message, frozen=True):
+    """Plan: run these rows, all of one length, through every stage.
+
+    With `sample`, the last stage samples one token a row and answers `Tokens`. With `record`,
+    every stage keeps what its layers put out, for `mlx-dist verify`.
+    """
+
+    microbatch: int
+    rows: list[Row]
+    sample: bool = True
+    record: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, L): sequences, tokens of each."""
+        return len(self.rows), len(self.rows[0].tokens)
+
+
+class Close(Message, frozen=True):
+    """Plan: the sequence in `slot` is over; free its caches."""
+
+    slot: int
+
+
+class Shutdown(Message, frozen=True):
+    """Plan: no more plans follow."""
+
+
+Plan = Open | Step | Close | Shutdown
+
+
+class Hidden(Message, frozen=True):
+    """Goes right before the activations of a step, which follow on the fabric."""
+
+    shape: list[int]
+    dtype: str
+    checksum: int | None = None
+
+
+class Tokens(Message, frozen=True):
+    """From the last stage to the leader: one sampled token for each row of a microbatch."""
+
+    microbatch: int
+    tokens: list[int]
+
+
+class Report(Message, frozen=True):
+    """What one rank says of itself after a run."""
+
+    rank: int
+    host: str
+    layers: tuple[int, int]
+    weights_bytes: int
+    peak_rss_bytes: int
+    load_s: float
+    busy_s: float = 0.0
+    sent_bytes: int = 0
+
+
+class Address(Message, frozen=True):
+    """Where a rank is: its host's name and, for the ring, the `ip:port` it listens on."""
+
+    host: str
+    endpoint: str = ""
+
+
+class Outcome(Message, frozen=True):
+    """How one rank fared in something that all ranks do together."""
+
+    error: str | None = None
+
+
+class Identity(Message, frozen=True):
+    """What must be equal on all ranks before they compute together."""
+
+    host: str
+    facts: dict[str, str]
+
+
+class Recording(Message, frozen=True):
+    """For each recorded step, what each of a rank's layers put out, as float32 bytes.
+
+    The last rank adds the logits.
+    """
+
+    steps: list[list[bytes]]
+
+
+AnyMessage = Plan | Hidden | Tokens | Report | Address | Outcome | Identity | Recording
+M = TypeVar("M", bound=Message)
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(AnyMessage)
+
+
+def encode(message: Message, sequence: int) -> bytes:
+    """The frame of `message`, the `sequence`-th from its sender to its receiver."""
+    payload = _encoder.encode(message)
+    checksum = zlib.crc32(payload)
+    return _HEADER.pack(MAGIC, WIRE_VERSION, sequence, len(payload), checksum) + payload
+
+
+def decode(frame: bytes, sequence: int) -> AnyMessage:
+    """The message in `frame`.
+
+    Raises ProtocolError if the frame is damaged, of another wire version, not the `sequence`-th,
+    or holds something that is no message.
+    """
+    if len(frame) < HEADER_BYTES:
+        raise ProtocolError(f"a frame of {len(frame)} bytes is shorter than its header")
+    magic, version, got_sequence, length, checksum = _HEADER.unpack_from(frame)
+    payload = memoryview(frame)[HEADER_BYTES:]
+    if magic != MAGIC:
+        raise ProtocolError(f"a frame begins with {magic!r} instead of {MAGIC!r}")
+    if version != WIRE_VERSION:
+        raise ProtocolError(
+            f"a frame has wire version {version} and this rank speaks {WIRE_VERSION}; "
+            "install one version of mlx_dist on every host"
+        )
+    if got_sequence != sequence:
+        raise ProtocolError(f"frame {got_sequence} arrived where frame {sequence} was due")
+    if length != len(payload) or checksum != zlib.crc32(payload):
+        raise ProtocolError(f"frame {sequence} of {length} bytes arrived damaged")
+    try:
+        message: AnyMessage = _decoder.decode(payload)
+    except msgspec.DecodeError as error:
+        raise ProtocolError(f"frame {sequence} holds no known message: {error}") from None
+    return message
+
+
+def expect(message: AnyMessage, kind: type[M]) -> M:
+    """`message` as the `kind` that is due. Raises ProtocolError if it is another."""
+    if not isinstance(message, kind):
+        raise ProtocolError(f"{type(message).__name__} arrived where {kind.__name__} was due")
+    return message

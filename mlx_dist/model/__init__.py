@@ -1,0 +1,1 @@
+"""The model: its files, its stages, its caches and its sampling."""

@@ -1,0 +1,160 @@
+"""`mlx-dist verify`: the placement's answers beside those of one process, layer by layer.
+
+Both run the same program on the same plans; the leader runs the one process after the placement,
+so it needs memory for the whole model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+from rich.table import Table
+
+from mlx_dist import display
+from mlx_dist.cluster.world import alone
+from mlx_dist.config import RunConfig
+from mlx_dist.engine.program import Leader, Rank
+from mlx_dist.engine.scheduler import Request
+from mlx_dist.engine.session import Session, open_session
+from mlx_dist.engine.text import Tokenizer
+from mlx_dist.messages import Outcome, Recording, Sampling, expect
+
+# A word, a sentence, and enough text for several chunks of prompt.
+DEFAULT_PROMPTS = (
+    "Hello",
+    "Which rank holds the last layers of the model?",
+    "A pipeline passes hidden states from rank to rank. " * 8,
+)
+
+Arrays = list[NDArray[np.float32]]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What differs on one prompt. Differences are the largest absolute ones, 0 for bit-equal.
+
+    `layers` holds only layers that differ. `first_token` is the index of the first token that
+    differs, with the placement's and the one process's id, or None.
+    """
+
+    prompt: str
+    num_tokens: int
+    logits: float
+    layers: dict[int, float]
+    first_token: tuple[int, int, int] | None
+
+    @property
+    def is_equal(self) -> bool:
+        return self.logits == 0 and not self.layers and self.first_token is None
+
+
+def run_verify(
+    config: RunConfig, blas: str, prompts: list[str] | None, max_tokens: int, as_json: bool
+) -> bool:
+    """The program of every rank; whether all is equal, on every rank."""
+    texts = prompts or list(DEFAULT_PROMPTS)
+    with open_session(config, blas) as session:
+        world = session.world
+        requests: list[Request] = []
+        with world.agreement():
+            if session.tokenizer is not None:
+                requests = [_request(session.tokenizer, text, max_tokens) for text in texts]
+        rank = session.load()
+        with world.agreement():
+            single, single_rank = _one_process(session) if world.is_leader else (session, rank)
+        comparisons = []
+        for i, text in enumerate(texts):
+            request = requests[i] if world.is_leader else None
+            tokens, recording = _run(session, rank, request)
+            if world.is_leader:
+                single_tokens, single_recording = _run(single, single_rank, request)
+                comparisons.append(
+                    _compare(text, tokens, single_tokens, recording, single_recording)
+                )
+        equal = Outcome(None if all(c.is_equal for c in comparisons) else "different")
+        is_equal = world.control.all_gather(equal)[world.leader_rank] == Outcome()
+    if world.is_leader:
+        _show(comparisons, as_json)
+    return is_equal
+
+
+def _request(tokenizer: Tokenizer, text: str, max_tokens: int) -> Request:
+    tokens = tokenizer.encode_prompt(text, chat=False)
+    return Request(tokens, tokenizer.limit(tokens, max_tokens), Sampling(), record=True)
+
+
+def _one_process(session: Session) -> tuple[Session, Rank]:
+    """The same model and program in a world of one."""
+    single = replace(session, world=alone(), config=replace(session.config, layers=None))
+    return single, single.load()
+
+
+def _run(session: Session, rank: Rank, request: Request | None) -> tuple[list[int], list[Arrays]]:
+    """The tokens, on the leader, and for each step what all layers put out and the logits."""
+    tokens: list[int] = []
+    if request is None:
+        rank.follow()
+    else:
+        leader = Leader(rank, session.config.prefill_chunk)
+        tokens = list(leader.stream(request))
+        leader.shutdown()
+    own = Recording([[array.tobytes() for array in step] for step in rank.recordings])
+    rank.recordings.clear()
+    gathered = [expect(m, Recording).steps for m in session.world.control.all_gather(own)]
+    return tokens, [
+        [np.frombuffer(data, np.float32) for part in step for data in part]
+        for step in zip(*gathered, strict=True)
+    ]
+
+
+def _compare(
+    text: str,
+    tokens: list[int],
+    single_tokens: list[int],
+    recording: list[Arrays],
+    single_recording: list[Arrays],
+) -> Comparison:
+    pairs = list(zip(tokens, single_tokens, strict=True))
+    first = next((i for i, (got, want) in enumerate(pairs) if got != want), None)
+    # What follows a differing token has another input.
+    num_steps = len(recording) - (0 if first is None else len(tokens) - 1 - first)
+    steps = list(zip(recording, single_recording, strict=True))[:num_steps]
+    differences = [[_difference(a, b) for a, b in zip(*step, strict=True)] for step in steps]
+    *layers, logits = (max(column) for column in zip(*differences, strict=True))
+    return Comparison(
+        prompt=text,
+        num_tokens=len(tokens),
+        logits=logits,
+        layers={i: difference for i, difference in enumerate(layers) if difference},
+        first_token=None if first is None else (first, *pairs[first]),
+    )
+
+
+def _difference(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
+    if np.array_equal(a, b, equal_nan=True):
+        return 0.0
+    return float(np.max(np.abs(a - b), initial=0.0)) or float("inf")
+
+
+def _show(comparisons: list[Comparison], as_json: bool) -> None:
+    if as_json:
+        display.print_json({"prompts": [_as_object(c) for c in comparisons]})
+        return
+    table = Table("prompt", "tokens", "largest logit difference", "first differing token", "layers")
+    for c in comparisons:
+        first = "none" if c.first_token is None else "{}: {} for {}".format(*c.first_token)
+        layers = ", ".join(f"{i}: {d:.2g}" for i, d in c.layers.items()) or "all equal"
+        text = c.prompt if len(c.prompt) <= 40 else c.prompt[:37] + "..."
+        table.add_row(text, str(c.num_tokens), f"{c.logits:.3g}", first, layers)
+    display.console().print(table)
+    print("equal" if all(c.is_equal for c in comparisons) else "DIFFERENT", flush=True)
+
+
+def _as_object(comparison: Comparison) -> dict[str, Any]:
+    fields = {name: getattr(comparison, name) for name in comparison.__slots__}
+    built: dict[str, Any] = msgspec.to_builtins(fields | {"is_equal": comparison.is_equal})
+    return built
