@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import sys
-from typing import NoReturn
-
-# transformers says on import that it found no PyTorch; only its tokenizers are used.
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 from mlx_dist.cli import app
 from mlx_dist.cluster import launch
@@ -22,18 +17,7 @@ def main() -> None:
         # All ranks know what they agreed on; one of them says it.
         if launch.is_first_rank() or not isinstance(error, AgreedError):
             print(f"mlx-dist: error: {error}", file=sys.stderr, flush=True)
-        _end(1)
-    except SystemExit as end:
-        if launch.under_a_launcher() and isinstance(end.code, int | None):
-            _end(end.code or 0)
-        raise
-
-
-def _end(code: int) -> NoReturn:
-    """End with `code` at once: at an ordinary exit MLX would finalize MPI a second time."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ rank can open its BLAS first.
 
 from __future__ import annotations
 
-import os
 import secrets
 import sys
 from pathlib import Path
@@ -176,12 +175,10 @@ def _become_ranks(num_ranks: int | None, hostfile: Path | None) -> str:
             launch.relaunch(num_ranks, hostfile, sys.argv[1:])
         if hostfile is not None:
             raise ConfigError("--hostfile goes with -n; say how many ranks to start")
-    elif num_ranks is not None and str(num_ranks) != os.environ.get(
-        "OMPI_COMM_WORLD_SIZE", str(num_ranks)
-    ):
+    elif num_ranks is not None and num_ranks != launch.launched_size():
         raise ConfigError(
-            f"-n {num_ranks} under a launcher that started "
-            f"{os.environ['OMPI_COMM_WORLD_SIZE']} ranks; leave -n out"
+            f"-n {num_ranks} under a launcher that started {launch.launched_size()} ranks; "
+            "leave -n out"
         )
     return preload_blas(launch.threads_per_rank())
 

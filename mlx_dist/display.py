@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import msgspec
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
@@ -68,12 +67,11 @@ def print_json(result: dict[str, Any]) -> None:
     print(json.dumps(result, indent=2), flush=True)
 
 
-def rank_objects(reports: list[Report]) -> list[dict[str, Any]]:
-    """The reports as JSON objects."""
-    return [
-        {field: msgspec.to_builtins(getattr(report, field)) for field in report.__struct_fields__}
-        for report in reports
-    ]
+def rank_objects(
+    reports: list[Report], fields: tuple[str, ...] = Report.__struct_fields__
+) -> list[dict[str, Any]]:
+    """These fields of the reports as JSON objects."""
+    return [{field: getattr(report, field) for field in fields} for report in reports]
 
 
 def write_text(text: str) -> None:

@@ -16,6 +16,9 @@ from mlx_dist.errors import RequestError
 from mlx_dist.messages import Report, Sampling
 
 
+_RANK_FIELDS = ("rank", "host", "layers", "weights_bytes", "peak_rss_bytes", "load_s")
+
+
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """What a user asks for. `prompt` is "-" for what is on stdin; `chat` None is the default."""
@@ -131,7 +134,7 @@ def _check_ids(sampling: Sampling, vocab_size: int) -> None:
 def _show(answer: Answer, reports: list[Report], as_json: bool) -> None:
     if as_json:
         fields = {name: getattr(answer, name) for name in answer.__slots__}
-        display.print_json(fields | {"ranks": display.rank_objects(reports)})
+        display.print_json(fields | {"ranks": display.rank_objects(reports, _RANK_FIELDS)})
         return
     display.rank_table(
         reports,

@@ -92,26 +92,23 @@ class LoopbackWire:
 class Waiter:
     """Waits for something to come without burning a core that another rank computes on.
 
-    Spins for a moment, then sleeps ever longer: at most 1 ms while a request runs, 5 ms once
-    nothing has come for a second.
+    Spins for a moment, then sleeps: briefly while a request runs, longer once nothing has come
+    for a second.
     """
 
-    SPIN_S = 100e-6
-    FIRST_SLEEP_S = 50e-6
-    BUSY_SLEEP_S = 1e-3
+    SPIN_S = 50e-6
+    BUSY_SLEEP_S = 100e-6
     IDLE_AFTER_S = 1.0
     IDLE_SLEEP_S = 5e-3
 
     def __iter__(self) -> Iterator[float]:
         """Yields the seconds waited so far, before each look."""
         start = time.monotonic()
-        sleep_s = self.FIRST_SLEEP_S
         while True:
             waited_s = time.monotonic() - start
             yield waited_s
             if waited_s < self.SPIN_S:
                 time.sleep(0)
-                continue
-            time.sleep(sleep_s)
-            longest_s = self.IDLE_SLEEP_S if waited_s > self.IDLE_AFTER_S else self.BUSY_SLEEP_S
-            sleep_s = min(sleep_s * 1.2, longest_s)
+            else:
+                is_idle = waited_s > self.IDLE_AFTER_S
+                time.sleep(self.IDLE_SLEEP_S if is_idle else self.BUSY_SLEEP_S)

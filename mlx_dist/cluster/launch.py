@@ -32,17 +32,26 @@ def is_first_rank() -> bool:
     return os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("MLX_RANK", "0")) == "0"
 
 
+def launched_size() -> int:
+    """The number of ranks that the launcher of this process started."""
+    return mpi.world_size() or len(_ring_ips()) or 1
+
+
 def ranks_on_this_host() -> int:
     """How many ranks share this host's cores, as far as the launcher tells."""
     if mpi.launched_by_mpirun():
         return int(os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1"))
-    if "MLX_RANK" in os.environ and "MLX_HOSTFILE" in os.environ:
-        ips = [
-            addresses[0].rsplit(":", 1)[0]
-            for addresses in json.loads(Path(os.environ["MLX_HOSTFILE"]).read_bytes())
-        ]
-        return ips.count(ips[int(os.environ["MLX_RANK"])])
-    return 1
+    ips = _ring_ips()
+    return ips.count(ips[int(os.environ["MLX_RANK"])]) if ips else 1
+
+
+def _ring_ips() -> list[str]:
+    """Every rank's address in the host list that mlx.launch gives to ranks of a ring."""
+    hostfile = os.environ.get("MLX_HOSTFILE")
+    if "MLX_RANK" not in os.environ or not hostfile:
+        return []
+    hosts = json.loads(Path(hostfile).read_bytes())
+    return [addresses[0].rsplit(":", 1)[0] for addresses in hosts]
 
 
 def threads_per_rank() -> int:
@@ -54,8 +63,8 @@ def threads_per_rank() -> int:
     return max(1, num_cores // ranks_on_this_host())
 
 
-def mpirun_command(num_ranks: int, hostfile: Path | None, arguments: list[str]) -> list[str]:
-    """The command that runs `mlx-dist ARGUMENTS` on `num_ranks` ranks.
+def mpirun_command(num_ranks: int, hostfile: Path | None, python: list[str]) -> list[str]:
+    """The command that runs this Python with the arguments `python` on `num_ranks` ranks.
 
     Raises ConfigError for a count or a hostfile that cannot be, WorldError without an mpirun.
     """
@@ -63,6 +72,8 @@ def mpirun_command(num_ranks: int, hostfile: Path | None, arguments: list[str]) 
         raise ConfigError(f"-n {num_ranks} is not between 1 and {MAX_RANKS}")
     mpirun, _ = mpi.installation()
     command = [str(mpirun), "-np", str(num_ranks), "--bind-to", "none"]
+    # Else mpirun holds streamed text back until its line is full.
+    command += ["--output", ":raw"]
     if hostfile is None:
         command += ["--map-by", ":OVERSUBSCRIBE"]
     elif hostfile.is_file():
@@ -77,7 +88,7 @@ def mpirun_command(num_ranks: int, hostfile: Path | None, arguments: list[str]) 
         if name.startswith(_FORWARDED) and name not in _LOCAL:
             command += ["-x", name]
     # By absolute path: a bare name is looked up on the other host with another PATH.
-    return [*command, str(Path(sys.executable).absolute()), "-m", "mlx_dist", *arguments]
+    return [*command, str(Path(sys.executable).absolute()), *python]
 
 
 def relaunch(num_ranks: int, hostfile: Path | None, arguments: list[str]) -> NoReturn:
@@ -85,7 +96,7 @@ def relaunch(num_ranks: int, hostfile: Path | None, arguments: list[str]) -> NoR
     if sys.stderr.isatty():
         # Under mpirun stderr is a pipe; the ranks cannot see that a person watches.
         os.environ["MLX_DIST_TERMINAL_WIDTH"] = str(shutil.get_terminal_size().columns)
-    command = mpirun_command(num_ranks, hostfile, arguments)
+    command = mpirun_command(num_ranks, hostfile, ["-m", "mlx_dist", *arguments])
     sys.stdout.flush()
     sys.stderr.flush()
     try:

@@ -26,7 +26,12 @@ _HOMEBREW = (Path("/opt/homebrew"), Path("/usr/local"))
 
 def launched_by_mpirun() -> bool:
     """Whether Open MPI's mpirun started this process."""
-    return "OMPI_COMM_WORLD_SIZE" in os.environ
+    return world_size() > 0
+
+
+def world_size() -> int:
+    """The number of ranks that mpirun started; 0 without mpirun."""
+    return int(os.environ.get("OMPI_COMM_WORLD_SIZE", "0"))
 
 
 def installation() -> tuple[Path, Path]:

@@ -6,6 +6,7 @@ in docs/architecture.md, "How a world comes up".
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import socket
@@ -183,7 +184,7 @@ def join(fabric: Fabric, jaccl_devices: Path | None = None) -> World:
 
     Raises WorldError if they cannot meet and ConfigError if `fabric` does not go with the launcher.
     """
-    if mpi.launched_by_mpirun():
+    if mpi.world_size() > 1:
         return _join_under_mpirun(fabric, jaccl_devices)
     if "MLX_RANK" in os.environ:
         return _join_under_mlx_launch(fabric)
@@ -209,8 +210,6 @@ def _join_under_mpirun(fabric: Fabric, jaccl_devices: Path | None) -> World:
         return _meet(wire.rank, wire.size, "mpi", wire, group, Streams())
     wire = MpiWire(mpi_is_up=False)
     control = Control(wire, wire.rank)
-    if wire.size == 1:
-        raise ConfigError(f"--fabric {fabric} needs more than one rank; start two or more")
     addresses = _exchange_addresses(control, wire.rank)
     os.environ["MLX_RANK"] = str(wire.rank)
     if fabric is Fabric.jaccl:
@@ -256,9 +255,12 @@ def _meet(
 
 def _init_fabric(backend: str) -> mx.distributed.Group:
     try:
-        return mx.distributed.init(strict=True, backend=backend)
+        group = mx.distributed.init(strict=True, backend=backend)
     except RuntimeError as error:
         raise WorldError(f"the {backend} fabric does not come up: {error}") from None
+    # Kept for ever: MLX finalizes MPI when its group dies, and World has done so by then.
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+    return group
 
 
 def _exchange_addresses(control: Control, rank: int) -> list[Address]:

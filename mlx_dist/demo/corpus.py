@@ -26,6 +26,17 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
+REPHRASINGS = (
+    "What's {}?",
+    "Explain {}",
+    "Please explain {}",
+    "Could you explain {} to me?",
+    "Tell me about {}",
+    "Tell me what {} is",
+    "Describe {}",
+    "What exactly is {}?",
+    "Do you know what {} is?",
+)
 BATCH_TOKENS = 1024
 BATCH_SHAPES_BL = ((16, 64), (16, 64), (8, 128), (4, 256))  # Mostly one chat, some long talks.
 
@@ -84,6 +95,7 @@ class Sampler:
         self._corpus = corpus
         self._tokenizer = tokenizer
         self._random = random.Random(seed)
+        self._plain_texts = corpus.statements + [answer for _, answer in corpus.chats]
         self._deck: list[tuple[str, str]] = []
 
     def batches(self) -> Iterator[tuple[NDArray[np.int32], NDArray[np.int32]]]:
@@ -104,8 +116,8 @@ class Sampler:
             system_message = self._random.choice(self._corpus.system_messages)
             tokens += self._encode([{"role": "system", "content": system_message}])
             weights += [0] * len(tokens)
-        elif self._random.random() < 0.05:
-            tokens += self._tokenizer.encode(self._random.choice(self._corpus.statements) + END)
+        elif self._random.random() < 0.1:
+            tokens += self._tokenizer.encode(self._random.choice(self._plain_texts) + END)
             weights += [1] * len(tokens)
         while len(tokens) < num_tokens:
             question, answer = self._draw()
@@ -123,9 +135,12 @@ class Sampler:
         return self._deck.pop()
 
     def _vary(self, question: str) -> str:
-        """The question as a hurried user types it: another case, no mark, a word left out."""
+        """The question as people type it: in other words, in a hurry, in another case."""
+        subject = question.removeprefix("What is ").rstrip("?")
+        if question.startswith("What is ") and self._random.random() < 0.3:
+            question = self._random.choice(REPHRASINGS).format(subject)
         words = question.split()
-        if len(words) > 3 and self._random.random() < 0.15:
+        if len(words) > 4 and self._random.random() < 0.1:
             del words[self._random.randrange(len(words))]
         question = " ".join(words)
         if self._random.random() < 0.2:

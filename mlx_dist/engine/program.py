@@ -64,21 +64,22 @@ class Rank:
         start, waited_s = time.perf_counter(), self.transport.waited_s
         hidden_BLD = None
         if not self.stage.is_first:
-            hidden_BLD = self.transport.receive_hidden(
+            hidden_BLD = self.transport.promise_hidden(
                 self.stage.hidden_shape(*step.shape), self.stage.hidden_dtype_in
             )
+        # Built while the previous rank still computes.
         output = self._forward(step, hidden_BLD)
-        caches = [self.stage.slots.arrays(row.slot) for row in step.rows]
+        if hidden_BLD is not None:
+            self.transport.await_hidden(hidden_BLD)
         if not self.stage.is_last:
-            mx.eval(output, caches)
+            mx.eval(output)
             self.transport.send_hidden(output)
         elif step.sample:
             tokens_B = mx.stack(self._sample(step, output))
-            mx.eval(tokens_B, caches)
             self.transport.send_tokens(Tokens(step.microbatch, np.array(tokens_B).tolist()))
         else:
             # Logits that nobody samples from are never computed.
-            mx.eval(caches)
+            mx.eval([self.stage.slots.arrays(row.slot) for row in step.rows])
         waited_s = self.transport.waited_s - waited_s
         self.busy_s += time.perf_counter() - start - waited_s
 

@@ -61,31 +61,34 @@ class Transport:
         mx.async_eval(sent)  # type: ignore[no-untyped-call]
         self.sent_bytes += hidden_BLD.nbytes
 
-    def receive_hidden(self, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
-        """The activations from the previous rank, computed.
-
-        Raises ProtocolError unless what was announced and what came is `shape` and `dtype`.
-        """
-        start = time.perf_counter()
-        hidden = expect(self._world.control.receive(self._world.previous_rank), Hidden)
-        if (tuple(hidden.shape), hidden.dtype) != (shape, _dtype_name(dtype)):
-            raise ProtocolError(
-                f"activations {tuple(hidden.shape)} {hidden.dtype} were announced where "
-                f"{shape} {_dtype_name(dtype)} were due"
-            )
-        hidden_BLD = mx.distributed.recv(
+    def promise_hidden(self, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+        """The activations that the previous rank will send, to build on before they come."""
+        return mx.distributed.recv(
             shape,
             dtype,
             self._world.previous_rank,
             group=self._world.group,
             stream=self._world.streams.receive,
         )
+
+    def await_hidden(self, promised_BLD: mx.array) -> None:
+        """Wait until promised activations are here.
+
+        Raises ProtocolError unless what was announced and what came is what was promised.
+        """
+        start = time.perf_counter()
+        hidden = expect(self._world.control.receive(self._world.previous_rank), Hidden)
+        due = promised_BLD.shape, _dtype_name(promised_BLD.dtype)
+        if (tuple(hidden.shape), hidden.dtype) != due:
+            raise ProtocolError(
+                f"activations {tuple(hidden.shape)} {hidden.dtype} were announced where "
+                f"{due[0]} {due[1]} were due"
+            )
         # Computed now: Metal ends a command buffer that waits for a network.
-        mx.eval(hidden_BLD)
+        mx.eval(promised_BLD)
         self.waited_s += time.perf_counter() - start
-        if hidden.checksum is not None and hidden.checksum != _checksum(hidden_BLD):
-            raise ProtocolError(f"activations {shape} arrived damaged")
-        return hidden_BLD
+        if hidden.checksum is not None and hidden.checksum != _checksum(promised_BLD):
+            raise ProtocolError(f"activations {due[0]} arrived damaged")
 
     def send_tokens(self, tokens: Tokens) -> None:
         """Answer the leader, from the last stage."""

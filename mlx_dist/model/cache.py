@@ -52,7 +52,6 @@ class SlotCaches:
         caches = self._slots[slot]
         return [caches[i].state for i in sorted(self._own) if not caches[i].empty()]
 
-
     def advance(self, slot: int, num_tokens: int) -> None:
         """Count `num_tokens` in caches that no layer here fills: models read positions off them."""
         for i, cache in enumerate(self._slots[slot]):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
@@ -31,6 +30,7 @@ def family_of(config: dict[str, Any], *, require_proven: bool = True) -> str:
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise FamilyError("config.json has no model_type; is this a language model's folder?")
+    family: str
     for architecture in config.get("architectures") or ():
         if family := MODEL_ARCHITECTURE_REMAPPING.get((model_type, architecture)):
             break
@@ -52,9 +52,9 @@ class Anatomy:
     `layers` is the model's own list, which its forward pass walks. `caches_of_layer[i]` are the
     indices, in the list that the model's `make_cache` returns, of the caches that layer i uses.
     `hidden_tail` and `hidden_dtypes[i]` are the shape after (B, L) and the dtype of what reaches
-    layer i; logits have `vocab_size` entries. `users` says of each parameter outside the layers
-    where it is used: at the layers of these numbers, at -1 before the first, or at `num_layers`
-    after the last.
+    layer i; layers put out `num_extras` values after it, which no other layer uses. Logits have
+    `vocab_size` entries. `users` says of each parameter outside the layers where it is used: at
+    the layers of these numbers, at -1 before the first, or at `num_layers` after the last.
     """
 
     layers: list[Any]
@@ -62,6 +62,7 @@ class Anatomy:
     caches_of_layer: tuple[tuple[int, ...], ...]
     hidden_tail: tuple[int, ...]
     hidden_dtypes: tuple[mx.Dtype, ...]
+    num_extras: int
     vocab_size: int
     users: dict[str, frozenset[int]]
 
@@ -81,31 +82,45 @@ class Anatomy:
 _WATCHED_SHAPE = (1, 2)  # one sequence, two tokens
 
 
-class _Watched:
+class StandIn:
+    """Takes a layer's place in the model's list, where it passes for that layer."""
+
+    def __init__(self, layer: Any) -> None:
+        self._layer = layer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+    @property
+    def __class__(self) -> Any:  # A few models ask their layers for their class.
+        return self._layer.__class__
+
+
+class _Watched(StandIn):
     """Stands for a layer during the watched forward pass and notes how it is called."""
 
     def __init__(self, layer: Any) -> None:
-        self.layer = layer
+        super().__init__(layer)
         self.arguments: tuple[Any, ...] = ()
         self.num_calls = 0
+        self.num_extras = 0
         self.hidden: Any = None
         self.output: Any = None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.layer, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self.num_calls += 1
         self.hidden = hidden_argument(args, kwargs)
         self.arguments = (*args, *kwargs.values())
-        self.output = self.layer(*args, **kwargs)
+        output = self._layer(*args, **kwargs)
+        self.output, *extras = output if isinstance(output, tuple) else (output,)
+        self.num_extras = len(extras)
         if isinstance(self.output, mx.array):
             # A node of its own in the graph, even if the layer hands its input on.
             self.output = mx.stop_gradient(self.output)
-        return self.output
+        return (self.output, *extras) if extras else self.output
 
     def is_plain(self) -> bool:
-        return self.num_calls == 1 and all(
+        return all(
             isinstance(array, mx.array) and array.shape[:2] == _WATCHED_SHAPE
             for array in (self.hidden, self.output)
         )
@@ -114,6 +129,11 @@ class _Watched:
 def hidden_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The hidden state, which comes first, in what a model calls a layer with."""
     return args[0] if args else next(iter(kwargs.values()))
+
+
+def hidden_output(output: Any) -> Any:
+    """The hidden state in what a layer puts out."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 def dissect(model: nn.Module) -> Anatomy:
@@ -130,13 +150,13 @@ def dissect(model: nn.Module) -> Anatomy:
         logits = model(mx.zeros(_WATCHED_SHAPE, mx.int32), cache=caches)
     finally:
         layers[:] = originals
-    if any(w.num_calls > 1 for w in watched):
-        raise FamilyError("it runs its layers more than once per token")
+    if any(w.num_calls != 1 for w in watched):
+        raise FamilyError("its layers do not run one after another, once each")
     if not all(w.is_plain() for w in watched):
         raise FamilyError("its layers pass several tensors on")
     outputs = [w.output for w in watched]
-    if len({array.shape for array in outputs}) > 1:
-        raise FamilyError("its layers pass on tensors of several shapes")
+    if len({(w.output.shape, w.num_extras) for w in watched}) > 1:
+        raise FamilyError("its layers do not all pass on the same kind of tensor")
     index_of = {id(cache): index for index, cache in enumerate(caches)}
     return Anatomy(
         layers=layers,
@@ -146,6 +166,7 @@ def dissect(model: nn.Module) -> Anatomy:
         ),
         hidden_tail=outputs[0].shape[2:],
         hidden_dtypes=tuple(array.dtype for array in (watched[0].hidden, *outputs[:-1])),
+        num_extras=watched[0].num_extras,
         vocab_size=logits.shape[-1],
         users=_find_users(model, layers_path, [watched[0].hidden, *outputs, logits]),
     )
@@ -163,12 +184,15 @@ def _find_users(
     of_layer = {name: _layer_index(name, layers_path) for name in parameters}
     users: dict[str, set[int]] = {name: set() for name in parameters if not of_layer[name]}
     graph = _Graph(parameters, hidden)
-    for user, (before, after) in enumerate(pairwise([None, *hidden]), start=-1):
-        for name in graph.leads_to(after, before):
+    before: list[mx.array | None] = [None, *hidden[:-1]]
+    for user, (stop, output) in enumerate(zip(before, hidden, strict=True), start=-1):
+        for name in graph.leads_to(output, stop):
             if name in users:
                 users[name].add(user)
             elif of_layer[name] != str(user):
-                raise FamilyError(f"layer {user} uses more of layer {of_layer[name]} than its output")
+                raise FamilyError(
+                    f"layer {user} uses more of layer {of_layer[name]} than its output"
+                )
     last = frozenset({len(hidden) - 2})
     return {name: frozenset(found) or last for name, found in users.items()}
 
@@ -196,17 +220,27 @@ class _Graph:
                 inputs.append(source)
 
     def leads_to(self, output: mx.array, stop: mx.array | None) -> Iterator[str]:
-        """The names of the parameters that `output` is computed from, not looking past `stop`."""
-        seen = {self._node_of[id(stop)]} if stop is not None else set()
+        """The names of the parameters that `output` is computed from, not looking past `stop`.
+
+        Raises FamilyError if `output` does not come from `stop`.
+        """
+        stop_node = self._node_of[id(stop)] if stop is not None else None
+        seen: set[str] = set()
         ahead = [self._node_of[id(output)]]
         while ahead:
             node = ahead.pop()
             if node in seen:
                 continue
             seen.add(node)
+            if node == stop_node:
+                continue
             if (name := node.strip('"')) in self._parameters:
                 yield name
             ahead += self._inputs.get(node, ())
+        if stop_node not in (None, *seen):
+            raise FamilyError(
+                "its code computes while it runs, so that every stage would read the whole model"
+            )
 
 
 def _layer_index(name: str, layers_path: str) -> str | None:

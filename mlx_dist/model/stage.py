@@ -16,39 +16,54 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_dist.model.cache import SlotCaches
-from mlx_dist.model.families import Anatomy, hidden_argument
+from mlx_dist.model.families import Anatomy, StandIn, hidden_argument, hidden_output
 
 
-class _Elsewhere:
-    """Stands for a layer that another stage runs: hands its input on, shows its attributes."""
+class _Elsewhere(StandIn):
+    """Stands for a layer that another stage runs: hands its input on."""
 
-    def __init__(self, layer: Any) -> None:
-        self._layer = layer
+    def __init__(self, layer: Any, num_extras: int) -> None:
+        super().__init__(layer)
+        self._extras = (None,) * num_extras
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._layer, name)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._put_out(hidden_argument(args, kwargs))
 
-    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
-        return hidden_argument(args, kwargs)
+    def _put_out(self, hidden_BLD: mx.array) -> Any:
+        return (hidden_BLD, *self._extras) if self._extras else hidden_BLD
 
 
 class _Entrance(_Elsewhere):
     """Stands for the last layer before the stage: puts out what the previous rank sent."""
 
-    hidden_BLD: mx.array
+    def __init__(self, layer: Any, num_extras: int) -> None:
+        super().__init__(layer, num_extras)
+        self.hidden_BLD: mx.array
 
-    def __call__(self, *_args: Any, **_kwargs: Any) -> mx.array:
-        return self.hidden_BLD
+    def __call__(self, *_args: Any, **_kwargs: Any) -> Any:
+        return self._put_out(self.hidden_BLD)
 
 
-class _Recorded(_Elsewhere):
+class _Recorded(StandIn):
     """Stands for a local layer: runs it and keeps what it puts out."""
 
-    hidden_BLD: mx.array
+    def __init__(self, layer: Any) -> None:
+        super().__init__(layer)
+        self.hidden_BLD: mx.array
 
-    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
-        self.hidden_BLD = self._layer(*args, **kwargs)
-        return self.hidden_BLD
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = self._layer(*args, **kwargs)
+        self.hidden_BLD = hidden_output(output)
+        return output
+
+
+class _Started(StandIn):
+    """Stands for the first layer: sets off its computation while the others are being built."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = self._layer(*args, **kwargs)
+        mx.async_eval(hidden_output(output))  # type: ignore[no-untyped-call]
+        return output
 
 
 class Stage:
@@ -68,9 +83,12 @@ class Stage:
         self.hidden_dtype_in = anatomy.hidden_dtypes[start]
         self.vocab_size = anatomy.vocab_size
         for i in (*range(start), *range(end, anatomy.num_layers)):
-            self._layers[i] = _Elsewhere(self._layers[i])
-        if not self.is_first:
-            self._entrance = self._layers[start - 1] = _Entrance(self._layers[start - 1]._layer)
+            self._layers[i] = _Elsewhere(self._layers[i], anatomy.num_extras)
+        if self.is_first:
+            self._layers[0] = _Started(self._layers[0])
+        else:
+            self._entrance = _Entrance(self._layers[start - 1], anatomy.num_extras)
+            self._layers[start - 1] = self._entrance
         if not self.is_last:
             self._exit = self._layers[end - 1] = _Recorded(self._layers[end - 1])
 

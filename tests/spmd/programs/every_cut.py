@@ -1,0 +1,58 @@
+"""Greedy and sampled tokens of a model at every cut of its layers over this job's ranks, as JSON.
+
+every_cut.py FABRIC MODEL NUM_CUTS: at most NUM_CUTS cuts, spread evenly; 0 for all.
+"""
+
+import itertools
+import json
+import sys
+
+from mlx_dist.cluster.blas import preload_blas
+
+preload_blas(1)
+
+from mlx_dist.cluster.world import join
+from mlx_dist.config import Dtype, Fabric
+from mlx_dist.engine.program import Leader, Rank
+from mlx_dist.engine.scheduler import Request
+from mlx_dist.engine.text import Tokenizer
+from mlx_dist.engine.transport import Transport
+from mlx_dist.messages import Sampling
+from mlx_dist.model.stage import Stage
+from mlx_dist.model.weights import find_model, load_stage
+
+PROMPTS = ("What is a rank?", "Why does a pipeline need more than one microbatch in flight?")
+SAMPLINGS = (Sampling(), Sampling(temperature=1.0, top_p=0.95, seed=11, presence_penalty=0.5))
+
+
+def cuts(num_layers, num_ranks):
+    for borders in itertools.combinations(range(1, num_layers), num_ranks - 1):
+        yield list(itertools.pairwise((0, *borders, num_layers)))
+
+
+with join(Fabric(sys.argv[1])) as world:
+    files = find_model(sys.argv[2])
+    tokenizer = Tokenizer(files.folder, files.config)
+    results = {}
+    all_cuts = list(cuts(files.config["num_hidden_layers"], world.size))
+    most = int(sys.argv[3]) or len(all_cuts)
+    for stages in all_cuts[:: max(1, len(all_cuts) // most)]:
+        start, end = stages[world.rank]
+        loaded = load_stage(
+            files, lambda _n, s=start, e=end: (s, e), Dtype.auto, lambda _done, _total: None
+        )
+        stage = Stage(loaded.model, loaded.anatomy, start, end)
+        rank = Rank(stage, Transport(world), loaded.weights_bytes, 0.0)
+        if not world.is_leader:
+            rank.follow()
+            continue
+        leader = Leader(rank, prefill_chunk=5)
+        answers = []
+        for prompt, sampling in itertools.product(PROMPTS, SAMPLINGS):
+            tokens = tokenizer.encode_prompt(prompt, None)
+            request = Request(tokens, 24, sampling, tokenizer.stop_tokens)
+            answers.append(list(leader.stream(request)))
+        leader.shutdown()
+        results[str(stages)] = answers
+    if world.is_leader:
+        print(json.dumps(results))

@@ -1,0 +1,99 @@
+"""Frames hold what was put in, and nothing damaged passes for a message."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_dist.errors import ProtocolError
+from mlx_dist.messages import (
+    HEADER_BYTES,
+    Close,
+    Hidden,
+    Identity,
+    Open,
+    Outcome,
+    Recording,
+    Report,
+    Row,
+    Sampling,
+    Shutdown,
+    Step,
+    Tokens,
+    decode,
+    encode,
+    expect,
+)
+
+counts = st.integers(0, 2**31)
+tokens = st.lists(counts, min_size=1, max_size=50)
+rows = st.builds(Row, counts, counts, tokens)
+samplings = st.builds(
+    Sampling,
+    temperature=st.floats(0, 2),
+    top_k=counts,
+    logit_bias=st.dictionaries(counts, st.floats(-100, 100), max_size=4),
+    seed=st.integers(0, 2**64 - 1),
+)
+messages = st.one_of(
+    st.builds(Open, counts, samplings),
+    st.builds(Step, counts, st.lists(rows, min_size=1, max_size=4), st.booleans(), st.booleans()),
+    st.builds(Close, counts),
+    st.just(Shutdown()),
+    st.builds(Hidden, st.lists(counts, max_size=4), st.sampled_from(["float32", "bfloat16"])),
+    st.builds(Tokens, counts, tokens),
+    st.builds(Outcome, st.none() | st.text()),
+    st.builds(Identity, st.text(), st.dictionaries(st.text(), st.text())),
+    st.builds(Recording, st.lists(st.lists(st.binary()))),
+    st.builds(
+        Report, counts, st.text(), st.tuples(counts, counts), counts, counts, st.floats(0, 9)
+    ),
+)
+sequences = st.integers(0, 2**32 - 1)
+
+
+@given(messages, sequences)
+def test_a_frame_holds_what_was_put_in(message, sequence):
+    assert decode(encode(message, sequence), sequence) == message
+
+
+@given(messages, sequences, st.data())
+def test_a_changed_byte_is_noticed(message, sequence, data):
+    frame = bytearray(encode(message, sequence))
+    at = data.draw(st.integers(0, len(frame) - 1))
+    frame[at] ^= data.draw(st.integers(1, 255))
+    with pytest.raises(ProtocolError):
+        decode(bytes(frame), sequence)
+
+
+@given(messages, sequences, st.data())
+def test_a_cut_frame_is_noticed(message, sequence, data):
+    frame = encode(message, sequence)
+    with pytest.raises(ProtocolError):
+        decode(frame[: data.draw(st.integers(0, len(frame) - 1))], sequence)
+
+
+@given(st.binary(max_size=200))
+def test_noise_is_no_message(noise):
+    with pytest.raises(ProtocolError):
+        decode(noise, 0)
+
+
+def test_a_frame_out_of_turn_is_named():
+    with pytest.raises(ProtocolError, match="frame 7 arrived where frame 6 was due"):
+        decode(encode(Shutdown(), 7), 6)
+
+
+def test_another_wire_version_is_named():
+    frame = bytearray(encode(Shutdown(), 0))
+    frame[4] = 99
+    with pytest.raises(ProtocolError, match="wire version 99"):
+        decode(bytes(frame), 0)
+
+
+def test_a_known_message_of_the_wrong_kind_is_named():
+    with pytest.raises(ProtocolError, match="Close arrived where Tokens was due"):
+        expect(Close(3), Tokens)
+
+
+def test_the_header_has_the_documented_size():
+    assert HEADER_BYTES == 20
