@@ -29,7 +29,14 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
-from benchmarks.tiny_models import VOCAB_SIZE, Variant, families, variants, write_tiny_model
+from benchmarks.tiny_models import (
+    NUM_LAYERS,
+    VOCAB_SIZE,
+    Variant,
+    families,
+    variants,
+    write_tiny_model,
+)
 from mlx_dist.config import Dtype
 from mlx_dist.model.families import dissect
 from mlx_dist.model.stage import Stage
@@ -264,7 +271,7 @@ def _reason(variant: Variant, error: Exception) -> str:
 def _summary(error: Exception) -> str:
     text = " ".join(str(error).split()).rstrip(".")
     if "No Metal back-end" in text:
-        return "it has a kernel for Apple's GPU only, and the proof ran on a CPU"
+        return "one of its kernels is for Apple's GPU only"
     if os.sep in text:
         text = text.split(": ", 1)[-1]
     return text[:150] or type(error).__name__
@@ -304,22 +311,25 @@ def _entry(family: str, reason: str) -> list[str]:
 
 
 def _page(proven: list[Proof], refused: list[Proof]) -> str:
+    num_cuts, num_proven, num_refused = len(all_cuts(NUM_LAYERS)), len(proven), len(refused)
     versions = f"mlx {version('mlx')} and mlx-lm {version('mlx-lm')}"
     head = f"""# Model families
 
 mlx_dist runs a model split over machines only if its family is **proven**. Tiny random models of
-each family of mlx-lm are cut in {len(all_cuts(8))} places (every cut in two, some in three, and one
-layer a stage), and every cut must give the very logits of mlx-lm in one piece, to the last bit.
-They are tried in float32, bfloat16 and 4-bit, with the head tied to the embedding and not, over
-prompt chunks that outgrow the sliding window and single tokens after them. Each stage has a model
-of its own, in which all that it does not own is overwritten with NaN; and a missing layer or two
-swapped ones must show in the logits. Any other family is refused by name before its weights are
-fetched.
+each family of mlx-lm are cut in {num_cuts} places (every cut in two, some in three, and one layer a
+stage), and every cut must give the very logits of mlx-lm in one piece, to the last bit. The head
+is tied to the embedding and not; bfloat16 and 4-bit weights are tried at some of the cuts. Prompt
+chunks outgrow the sliding window, and single tokens follow them. Each stage has a model of its
+own, in which all that it does not own is overwritten with NaN; and a missing layer or two swapped
+ones must show in the logits. Any other family is refused by name before its weights are fetched.
+
+A model of a proven family can still be refused while it is loaded, when its layers turn out to use
+more of each other than their output: gemma4 models that share keys and values across layers.
 
 `python -m benchmarks.families --write` wrote this page, with {versions}:
-{len(proven)} families are proven and {len(refused)} refused. A family is the name of mlx-lm's
-module; some model types share one (`mistral` runs as `llama`, `kimi_k2` as `deepseek_v3`). A
-variant that mlx-lm itself does not run on a CPU, such as experts in bfloat16, is left out.
+{num_proven} families are proven and {num_refused} refused. A family is the name of mlx-lm's module;
+some model types share one (`mistral` runs as `llama`, `kimi_k2` as `deepseek_v3`). A variant that
+mlx-lm itself does not run on a CPU, such as experts in bfloat16, is left out.
 
 ## Proven
 

@@ -51,6 +51,34 @@ if world.rank == 0:
     print(sorted(times)[len(times) // 2] / 2 * 1e6)
 """
 
+_HOPS = """
+import sys, time
+from mlx_dist.cluster.blas import preload_blas
+preload_blas(1)
+import mlx.core as mx
+from mlx_dist.cluster.world import join
+from mlx_dist.config import Fabric
+from mlx_dist.engine.transport import Transport
+from mlx_dist.messages import Tokens
+hidden = mx.zeros((1, 1, int(sys.argv[1])))
+mx.eval(hidden)
+times = []
+with join(Fabric.mpi) as world:
+    transport = Transport(world)
+    for _ in range(200):
+        if world.is_leader:
+            time.sleep(0.02)  # The other rank waits as long as a stage computes.
+            start = time.perf_counter()
+            transport.send_hidden(hidden)
+            transport.receive_tokens()
+            times.append(time.perf_counter() - start)
+        else:
+            transport.await_hidden(transport.promise_hidden(hidden.shape, hidden.dtype))
+            transport.send_tokens(Tokens(0, [1]))
+if times:
+    print(sorted(times)[len(times) // 2] * 1e6)
+"""
+
 _ENVIRONMENT = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
 
 
@@ -66,15 +94,16 @@ def one_process(model: Path, tokens: int) -> float:
     return float(_output([sys.executable, "-c", _ONE_PROCESS, str(model), str(tokens)]))
 
 
-def two_ranks(model: Path, tokens: int) -> tuple[float, float]:
-    """Tokens a second on two ranks, and microseconds a token that neither rank computed."""
+def two_ranks(model: Path, tokens: int) -> float:
+    """Tokens a second of mlx-dist on two ranks, second run of two."""
     command = [sys.executable, "-m", "mlx_dist", "bench", "-n", "2", "--model", str(model)]
     command += ["-p", "1", "-g", str(tokens), "-r", "1", "--json"]
-    result = json.loads(_output(command))
-    busy_s = sum(rank["busy_s"] for rank in result["ranks"])
-    # The warm-up and the measured repetition; with a prompt of one token, all steps decode.
-    idle_us = (result["wall_s"] - busy_s) / (2 * tokens) * 1e6
-    return result["mean"]["generation_tokens_per_s"], idle_us
+    return float(json.loads(_output(command))["mean"]["generation_tokens_per_s"])
+
+
+def hops_us(hidden_size: int) -> float:
+    """Microseconds that a token's two hops take: hidden state there, token id back."""
+    return float(_output(mpirun_command(2, None, ["-c", _HOPS, str(hidden_size)])))
 
 
 def ping_pong_us(num_bytes: int) -> float:
@@ -93,18 +122,16 @@ def main() -> None:
         make += "preload_blas(1); from benchmarks.random_model import write_random_model; "
         make += "write_random_model(pathlib.Path(sys.argv[1]))"
         _output([sys.executable, "-c", make, folder])
-        hidden_bytes = 4 * json.loads((model / "config.json").read_text())["hidden_size"]
-        singles, doubles, idles = [], [], []
+        hidden_size = json.loads((model / "config.json").read_text())["hidden_size"]
+        singles, doubles = [], []
         for i in range(1, options.rounds + 1):
             singles.append(one_process(model, options.tokens))
-            speed, idle_us = two_ranks(model, options.tokens)
-            doubles.append(speed)
-            idles.append(idle_us)
-            print(f"round {i}: one process {singles[-1]:.2f}, two ranks {speed:.2f} tokens/s")
+            doubles.append(two_ranks(model, options.tokens))
+            print(f"round {i}: one process {singles[-1]:.2f}, two ranks {doubles[-1]:.2f} tokens/s")
     ratio = median(b / a for a, b in zip(singles, doubles, strict=True))
     print(f"two ranks over one process: {ratio:.3f} (median of {options.rounds} rounds)")
-    print(f"a token's two hops, waiting and bookkeeping: {median(idles):.0f} us")
-    print(f"raw MPI one way, {hidden_bytes} bytes: {ping_pong_us(hidden_bytes):.1f} us")
+    print(f"a token's two hops: {hops_us(hidden_size):.0f} us")
+    print(f"raw MPI one way, {4 * hidden_size} bytes: {ping_pong_us(4 * hidden_size):.1f} us")
 
 
 if __name__ == "__main__":

@@ -41,6 +41,8 @@ JacclDevices = Annotated[Path | None, typer.Option(help="Device matrix for --fab
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 _DEMO = str(MODEL_DIR)
+# Ranks get it as an argument, and Linux takes no argument of 128 KiB.
+_MOST_STDIN_BYTES = 120_000
 
 
 @app.command()
@@ -91,6 +93,10 @@ def generate(
         seed=secrets.randbits(63) if seed is None else seed,
     )
     _check_request(sampling, max_tokens, stop or [])
+    if prompt == "-":
+        prompt = _read_stdin()
+        # For the ranks: of an option that is given twice, the last counts.
+        sys.argv += ["--prompt", prompt]
     blas = _become_ranks(num_ranks, hostfile)
 
     from mlx_dist.generate import Wanted, run_generate
@@ -181,6 +187,25 @@ def _become_ranks(num_ranks: int | None, hostfile: Path | None) -> str:
             "leave -n out"
         )
     return preload_blas(launch.threads_per_rank())
+
+
+def _read_stdin() -> str:
+    """The text on stdin. Raises RequestError if it cannot become a prompt."""
+    if launch.launched_size() > 1:
+        raise RequestError(
+            "--prompt - does not work under mpirun or mlx.launch, which never tell a rank that "
+            "stdin is over; use `mlx-dist generate -n N --prompt -`"
+        )
+    data = sys.stdin.buffer.read(_MOST_STDIN_BYTES + 1)
+    if len(data) > _MOST_STDIN_BYTES:
+        raise RequestError(f"stdin has more than {_MOST_STDIN_BYTES} bytes; shorten the prompt")
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise RequestError(f"stdin is not UTF-8 text: {error}") from None
+    if "\0" in text:
+        raise RequestError("stdin has a NUL character; a prompt is text")
+    return text
 
 
 def _parse_logit_bias(pairs: list[str]) -> dict[int, float]:

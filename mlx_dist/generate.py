@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import dataclass
 
@@ -15,13 +14,12 @@ from mlx_dist.engine.text import Tokenizer
 from mlx_dist.errors import RequestError
 from mlx_dist.messages import Report, Sampling
 
-
 _RANK_FIELDS = ("rank", "host", "layers", "weights_bytes", "peak_rss_bytes", "load_s")
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a user asks for. `prompt` is "-" for what is on stdin; `chat` None is the default."""
+    """What a user asks for. `chat` None is a chat where the model has a template."""
 
     prompt: str
     chat: bool | None
@@ -31,13 +29,7 @@ class Wanted:
 
     def request(self, tokenizer: Tokenizer) -> Request:
         """This as tokens. Raises RequestError if it cannot be served."""
-        prompt = self.prompt
-        if prompt == "-":
-            try:
-                prompt = sys.stdin.read()
-            except UnicodeDecodeError as error:
-                raise RequestError(f"stdin is not UTF-8 text: {error}") from None
-        tokens = tokenizer.encode_prompt(prompt, self.chat)
+        tokens = tokenizer.encode_prompt(self.prompt, self.chat)
         max_tokens = tokenizer.limit(tokens, self.max_tokens)
         return Request(tokens, max_tokens, self.sampling, tokenizer.stop_tokens)
 

@@ -91,8 +91,9 @@ class StandIn:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._layer, name)
 
-    @property
-    def __class__(self) -> Any:  # A few models ask their layers for their class.
+    # A few models ask their layers for their class.
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
         return self._layer.__class__
 
 

@@ -92,9 +92,7 @@ def test_max_tokens_is_the_limit():
 
 
 def test_a_prompt_comes_from_stdin(greedy):
-    answer = mlx_dist(
-        "generate", "--prompt", "-", "--json", num_ranks=2, stdin=QUESTION
-    ).json()
+    answer = mlx_dist("generate", "--prompt", "-", "--json", num_ranks=2, stdin=QUESTION).json()
     assert answer["text"] == greedy["text"]
 
 
@@ -138,6 +136,6 @@ def test_the_console_script_is_there(greedy):
     from pathlib import Path
 
     script = Path(sys.executable).parent / "mlx-dist"
-    assert run([script, "generate", "--prompt", QUESTION, "--json"]).json()["text"] == (
-        greedy["text"]
+    assert (
+        run([script, "generate", "--prompt", QUESTION, "--json"]).json()["text"] == (greedy["text"])
     )

@@ -6,8 +6,8 @@ import struct
 
 import mlx.core as mx
 import pytest
-from benchmarks.tiny_models import Variant, write_tiny_model
 
+from benchmarks.tiny_models import Variant, write_tiny_model
 from mlx_dist.cluster.placement import cut
 from mlx_dist.config import Dtype
 from mlx_dist.errors import FamilyError, ModelError
