@@ -97,7 +97,7 @@ class Waiter:
     """
 
     SPIN_S = 50e-6
-    BUSY_SLEEP_S = 100e-6
+    BUSY_SLEEP_S = 20e-6
     IDLE_AFTER_S = 1.0
     IDLE_SLEEP_S = 5e-3
 

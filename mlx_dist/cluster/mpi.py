@@ -5,6 +5,7 @@ The only module that imports mpi4py. Importing this module starts nothing.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import sys
@@ -108,7 +109,9 @@ class MpiWire:
         leader = 0
         if self.rank != leader:
             self._comm.Send([frame, self._mpi.BYTE], leader, self._GATHER_TAG)
-            return [self._wait_for(leader, self._GATHER_TAG) for _ in range(self.size)]
+            # The leader gives up first, for it can name who is missing.
+            patience_s = None if deadline_s is None else 2 * deadline_s
+            return [self._wait_for(leader, self._GATHER_TAG, patience_s) for _ in range(self.size)]
         frames: dict[int, bytes] = {leader: frame}
         for waited_s in Waiter():
             for rank in range(self.size):
@@ -118,10 +121,7 @@ class MpiWire:
                 break
             if deadline_s is not None and waited_s > deadline_s:
                 missing = [rank for rank in range(self.size) if rank not in frames]
-                raise WorldError(
-                    f"nothing heard of rank {', '.join(map(str, missing))} for {deadline_s:.0f} s; "
-                    "see whether its host is up and reaches this one"
-                )
+                raise _silence(missing, deadline_s)
         gathered = [frames[rank] for rank in range(self.size)]
         for rank in range(self.size):
             if rank != leader:
@@ -139,10 +139,11 @@ class MpiWire:
         self._mpi.COMM_WORLD.Abort(ABORT_CODE)
         raise AssertionError("MPI_Abort returned")
 
-    def _wait_for(self, source: int, tag: int) -> bytes:
+    def _wait_for(self, source: int, tag: int, deadline_s: float | None = None) -> bytes:
         waits = iter(Waiter())
         while (frame := self._take(source, tag)) is None:
-            next(waits)
+            if next(waits) > (deadline_s or math.inf):
+                raise _silence([source], deadline_s or 0.0)
         return frame
 
     def _take(self, source: int, tag: int) -> bytes | None:
@@ -154,3 +155,10 @@ class MpiWire:
         frame = bytearray(status.Get_count(self._mpi.BYTE))
         message.Recv([frame, self._mpi.BYTE])
         return bytes(frame)
+
+
+def _silence(ranks: list[int], waited_s: float) -> WorldError:
+    return WorldError(
+        f"nothing heard of rank {', '.join(map(str, ranks))} for {waited_s:.0f} s; "
+        "see whether its host is up and reaches this one"
+    )

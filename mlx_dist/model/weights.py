@@ -67,14 +67,19 @@ class ModelFiles:
     revision: str | None = None
 
     def fingerprint(self) -> str:
-        """Equal on two hosts that have the same model; reads a few kB of each file."""
-        digest = hashlib.sha256((self.revision or "").encode())
+        """Equal on two hosts that have the same model; reads a few kB of each file.
+
+        A model on the hub is known by its revision.
+        """
+        if self.revision is not None:
+            return self.revision
+        digest = hashlib.sha256()
         for small in ("config.json", "tokenizer.json"):
             if (self.folder / small).exists():
                 digest.update((self.folder / small).read_bytes())
         for file in self.weights:
             digest.update(f"{file.name} {file.size_bytes} ".encode() + file.header)
-            if self.revision is None and file.path is not None:
+            if file.path is not None:
                 with file.path.open("rb") as stream:
                     stream.seek(file.size_bytes // 2)
                     digest.update(stream.read(4096))
