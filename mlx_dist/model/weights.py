@@ -22,6 +22,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import HTTPError, SafetensorsParsingError
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import load_config, load_model
 
@@ -156,7 +157,7 @@ def _find_local(name: str, folder: Path, require_proven: bool) -> ModelFiles:
 
 
 def _find_on_hub(name: str, require_proven: bool) -> ModelFiles:
-    try:
+    with _fetching(name):
         config_path = Path(hf_hub_download(name, "config.json"))
         revision = config_path.parent.name
         family_of(_read_config(config_path.parent), require_proven=require_proven)
@@ -164,13 +165,20 @@ def _find_on_hub(name: str, require_proven: bool) -> ModelFiles:
         index = folder / "model.safetensors.index.json"
         names = sorted(_indexed_files(index)) if index.exists() else ["model.safetensors"]
         weights = tuple(_hub_header(name, file, revision) for file in names)
-    except (OSError, ValueError) as error:
-        # huggingface_hub's errors derive from these; their first line says what matters.
-        first_line = str(error).strip().split("\n")[0]
-        raise ModelError(
-            f"--model {name} is no folder here and cannot be fetched: {first_line}"
-        ) from None
     return ModelFiles(name, folder, _read_config(folder), weights, name, revision)
+
+
+@contextmanager
+def _fetching(name: str) -> Iterator[None]:
+    """Raise ModelError for whatever keeps a model on the hub from being fetched."""
+    try:
+        yield
+    except (OSError, ValueError, HTTPError, SafetensorsParsingError) as error:
+        # The first line says what matters.
+        reason = str(error).strip().split("\n")[0]
+        raise ModelError(
+            f"--model {name} is no folder here and cannot be fetched: {reason}"
+        ) from None
 
 
 def _hub_header(repo: str, name: str, revision: str) -> WeightFile:
@@ -268,9 +276,9 @@ def _folder_to_load(files: ModelFiles, fetch: frozenset[str]) -> Iterator[Path]:
             if file.path is not None:
                 path.symlink_to(file.path.resolve())
             elif file.name in fetch:
-                path.symlink_to(
-                    Path(hf_hub_download(files.repo, file.name, revision=files.revision)).resolve()
-                )
+                with _fetching(files.name):
+                    fetched = hf_hub_download(files.repo, file.name, revision=files.revision)
+                path.symlink_to(Path(fetched).resolve())
             else:
                 path.write_bytes(struct.pack("<Q", len(file.header)) + file.header)
                 os.truncate(path, file.size_bytes)

@@ -1,0 +1,16 @@
+"""Loads one stage of a model in this process alone: fetch.py MODEL START,END"""
+
+import sys
+
+from mlx_dist.cluster.blas import preload_blas
+
+preload_blas(1)
+
+from mlx_dist.config import Dtype
+from mlx_dist.model.weights import find_model, load_stage
+
+start, end = map(int, sys.argv[2].split(","))
+loaded = load_stage(
+    find_model(sys.argv[1]), lambda _n: (start, end), Dtype.auto, lambda _done, _total: None
+)
+print(loaded.weights_bytes)
