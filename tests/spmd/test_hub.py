@@ -112,7 +112,7 @@ def test_a_repository_that_is_not_there_is_named(hub, tmp_path):
     assert done.code == 1
     assert "Traceback" not in done.err
     [line] = done.error_lines
-    assert "--model owner/nothing is no folder here and cannot be fetched" in line
+    assert "--model owner/nothing is no folder and cannot be fetched" in line
 
 
 def test_a_hub_that_is_down_is_said(hub, tmp_path):
@@ -121,7 +121,7 @@ def test_a_hub_that_is_down_is_said(hub, tmp_path):
     assert done.code == 1
     assert "Traceback" not in done.err
     [line] = done.error_lines
-    assert f"--model {REPO} is no folder here and cannot be fetched" in line
+    assert f"--model {REPO} is no folder and cannot be fetched" in line
 
 
 def test_a_download_that_breaks_off_is_an_error(hub, tmp_path):

@@ -88,7 +88,7 @@ def _edit_header(path, change):
 def test_a_truncated_file_is_named(model):
     path = model / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ModelError, match=r"model\.safetensors has .* was cut off"):
+    with pytest.raises(ModelError, match=r"model\.safetensors is damaged or was cut off"):
         find_model(str(model))
 
 
@@ -113,11 +113,11 @@ def test_a_header_with_offsets_beyond_the_file_is_named(model):
 
 
 def test_a_missing_tensor_is_named(model):
-    def drop(header):
-        del header["model.layers.3.mlp.up_proj.weight"]
-        return header
-
-    _edit_header(model / "model.safetensors", drop)
+    path = str(model / "model.safetensors")
+    weights = mx.load(path)
+    weights.pop("model.layers.3.mlp.up_proj.weight")
+    mx.eval(weights)
+    mx.save_safetensors(path, weights, {"format": "mlx"})
     with pytest.raises(ModelError, match=r"model\.layers\.3\.mlp\.up_proj\.weight"):
         _load(model, 0, 1)
 

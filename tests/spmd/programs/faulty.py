@@ -1,11 +1,12 @@
 """Runs `mlx-dist ARGUMENTS` with a fault in one rank: faulty.py RANK WHERE KIND ARGUMENTS.
 
-WHERE is load, prefill or decode; KIND is kill, exit or raise.
+WHERE is load, prefill or decode; KIND is kill, exit or raise. Says on stderr when it happens.
 """
 
 import os
 import signal
 import sys
+import time
 
 from mlx_dist.cluster.blas import preload_blas
 
@@ -22,6 +23,7 @@ PLAN = {"prefill": 2, "decode": 8}
 
 
 def fail(*_args):
+    print(f"fault at {time.time()}", file=sys.stderr, flush=True)
     match KIND:
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)
