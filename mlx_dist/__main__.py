@@ -6,7 +6,9 @@ import sys
 
 from mlx_dist.cli import app
 from mlx_dist.cluster import launch
-from mlx_dist.errors import AgreedError, MlxDistError
+from mlx_dist.errors import AgreedError, ConfigError, MlxDistError, PlacementError, RequestError
+
+_SAME_ON_ALL_RANKS = (AgreedError, ConfigError, PlacementError, RequestError)
 
 
 def main() -> None:
@@ -14,8 +16,8 @@ def main() -> None:
     try:
         app()
     except MlxDistError as error:
-        # All ranks know what they agreed on; one of them says it.
-        if launch.is_first_rank() or not isinstance(error, AgreedError):
+        # What is wrong on all ranks, one of them says: what they agreed on, or were all given.
+        if launch.is_first_rank() or not isinstance(error, _SAME_ON_ALL_RANKS):
             print(f"mlx-dist: error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
 

@@ -214,7 +214,8 @@ def _join_under_mpirun(fabric: Fabric, jaccl_devices: Path | None) -> World:
     os.environ["MLX_RANK"] = str(wire.rank)
     if fabric is Fabric.jaccl:
         if jaccl_devices is None or not jaccl_devices.is_file():
-            raise ConfigError(f"--jaccl-devices {jaccl_devices} does not exist on this host")
+            host = addresses[wire.rank].host
+            raise WorldError(f"--jaccl-devices {jaccl_devices} does not exist on {host}")
         os.environ["MLX_IBV_DEVICES"] = str(jaccl_devices)
         os.environ["MLX_JACCL_COORDINATOR"] = addresses[0].endpoint
         group = _init_fabric("jaccl")

@@ -55,6 +55,8 @@ class Tokenizer:
             raise RequestError("the model has no chat template; use --raw")
         if not prompt:
             raise RequestError("the prompt is empty; give --prompt some text")
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise RequestError("the prompt is not UTF-8 text; convert it first")
         if chat is not False and has_template:
             messages = [{"role": "user", "content": prompt}]
             tokens = self._tokenizer.apply_chat_template(

@@ -71,6 +71,10 @@ def test_an_empty_prompt():
     assert "the prompt is empty" in _refused("--prompt", "")
 
 
+def test_a_prompt_that_is_no_text():
+    assert "is not UTF-8 text" in _refused("--prompt", b"\xff\xfe".decode(errors="surrogateescape"))
+
+
 def test_an_unknown_family(model):
     _change_config(model, model_type="nonesuch")
     assert "'nonesuch' is not proven" in _refused("--model", model)

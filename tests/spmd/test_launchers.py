@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from mlx_dist.cluster import mpi
+from mlx_dist.cluster.launch import mpirun_command
 from tests.launching import mlx_dist, run
 
 BIN = Path(sys.executable).parent
@@ -68,3 +69,10 @@ def test_stdin_is_refused_where_it_never_ends():
     done = run([*command, "generate", "--prompt", "-"], env=ENVIRONMENT)
     assert done.code == 1
     assert "never tell a rank that stdin is over" in done.error_lines[0]
+
+
+def test_an_error_that_all_ranks_see_is_said_once():
+    python = ["-m", "mlx_dist", "generate", "--prompt", "Hello", "--top-p", "7"]
+    done = run(mpirun_command(3, None, python))
+    assert done.code == 1
+    assert len(done.error_lines) == 1
