@@ -15,18 +15,35 @@ REPO = "owner/model"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """One answer of the hub: to which method and path, and how many bytes its body had."""
+
+    method: str
+    path: str
+    status: int
+    body_bytes: int
+
+    @property
+    def file(self) -> str | None:
+        """The name of the file that was asked for, or None."""
+        _, is_file, rest = self.path.partition("/resolve/")
+        return rest.partition("/")[2] if is_file else None
+
+
 @dataclass
 class Hub:
     """A running hub with one repository, the files of `folder`.
 
-    `sent_bytes` counts what each file's downloads carried. A file in `breaking` breaks off
+    `sent` is every answer so far. The next `breaks[name]` downloads of that file break off
     halfway.
     """
 
     folder: Path
     endpoint: str = ""
-    sent_bytes: dict[str, int] = field(default_factory=dict)
-    breaking: set[str] = field(default_factory=set)
+    sent: list[Sent] = field(default_factory=list)
+    breaks: dict[str, int] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def environment(self, cache: Path) -> dict[str, str]:
         """What points huggingface_hub here, with its cache in `cache`."""
@@ -39,43 +56,64 @@ class Hub:
             "HF_HUB_DOWNLOAD_TIMEOUT": "5",
         }
 
+    @property
+    def files(self) -> set[str]:
+        """The files that were asked for, in whole, in part or by HEAD."""
+        return {answer.file for answer in self.sent if answer.file is not None}
+
+    def whole(self, name: str) -> int:
+        """How often all of this file was sent at once."""
+        size_bytes = (self.folder / name).stat().st_size
+        return sum(a.file == name and a.body_bytes >= size_bytes for a in self.sent)
+
+    def bytes_of(self, name: str) -> int:
+        """How many bytes of this file were sent, over all answers."""
+        return sum(answer.body_bytes for answer in self.sent if answer.file == name)
+
+    def is_to_break(self, name: str) -> bool:
+        """Whether this download of the file breaks off. Counts it."""
+        with self.lock:
+            left = self.breaks.get(name, 0)
+            self.breaks[name] = max(0, left - 1)
+            return left > 0
+
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     hub: Hub
 
     def do_HEAD(self) -> None:
-        self._answer(with_body=False)
+        self._answer()
 
     def do_GET(self) -> None:
-        self._answer(with_body=True)
+        self._answer()
 
-    def _answer(self, with_body: bool) -> None:
+    def _answer(self) -> None:
         path = self.path.partition("?")[0]
-        if path.startswith(f"/api/models/{REPO}"):
-            self._listing(path)
+        if path.startswith(f"/api/models/{REPO}/") or path == f"/api/models/{REPO}":
+            self._send(200, self._listing("/tree/" in path), {"Content-Type": "application/json"})
             return
         prefix = f"/{REPO}/resolve/"
         name = path.removeprefix(prefix).partition("/")[2]
-        file = self.hub.folder / name
-        if not path.startswith(prefix) or not name or not file.is_file():
-            code = "EntryNotFound" if path.startswith(prefix) else "RepoNotFound"
-            self._send(404, b"", {"X-Error-Code": code, "X-Repo-Commit": COMMIT})
-            return
-        self._file(name, file.read_bytes(), with_body)
+        if not path.startswith(prefix):
+            # As the hub answers who is not logged in, for the repository may be private.
+            self._send(401, b"", {"X-Error-Code": "RepoNotFound"})
+        elif not (self.hub.folder / name).is_file():
+            self._send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
+        else:
+            self._file(name, (self.hub.folder / name).read_bytes())
 
-    def _listing(self, path: str) -> None:
+    def _listing(self, is_tree: bool) -> bytes:
         names = sorted(p.name for p in self.hub.folder.iterdir())
-        if "/tree/" in path:
-            sizes = [(name, (self.hub.folder / name).stat().st_size) for name in names]
-            body = [{"type": "file", "path": n, "size": size, "oid": n} for n, size in sizes]
-            self._send(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
-            return
-        siblings = [{"rfilename": name} for name in names]
-        body = {"id": REPO, "sha": COMMIT, "siblings": siblings}
-        self._send(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        if not is_tree:
+            siblings = [{"rfilename": name} for name in names]
+            return json.dumps({"id": REPO, "sha": COMMIT, "siblings": siblings}).encode()
+        sizes = [(name, (self.hub.folder / name).stat().st_size) for name in names]
+        return json.dumps(
+            [{"type": "file", "path": name, "size": size, "oid": name} for name, size in sizes]
+        ).encode()
 
-    def _file(self, name: str, data: bytes, with_body: bool) -> None:
+    def _file(self, name: str, data: bytes) -> None:
         etag = hashlib.sha256(data).hexdigest()
         headers = {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
         status, total = 200, len(data)
@@ -84,15 +122,13 @@ class _Handler(BaseHTTPRequestHandler):
             start, end = int(first), min(int(last) + 1 if last else total, total)
             status, data = 206, data[start:end]
             headers["Content-Range"] = f"bytes {start}-{end - 1}/{total}"
-        if not with_body:
-            self._send(status, b"", headers, length=len(data))
-            return
-        if name in self.hub.breaking:
+        # A range with an end is for the header.
+        is_download = self.command == "GET" and not (wanted and not wanted.endswith("-"))
+        if is_download and self.hub.is_to_break(name):
             self._send(status, data[: len(data) // 2], headers, length=len(data))
             self.close_connection = True
-            return
-        self.hub.sent_bytes[name] = self.hub.sent_bytes.get(name, 0) + len(data)
-        self._send(status, data, headers)
+        else:
+            self._send(status, data, headers)
 
     def _send(
         self, status: int, body: bytes, headers: dict[str, str], length: int | None = None
@@ -102,6 +138,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body) if length is None else length))
         self.end_headers()
+        if self.command == "HEAD":
+            body = b""
+        with self.hub.lock:
+            self.hub.sent.append(Sent(self.command, self.path, status, len(body)))
         self.wfile.write(body)
 
     def log_message(self, *_args: object) -> None:

@@ -31,8 +31,9 @@ class Done:
 
     @property
     def error_lines(self) -> list[str]:
-        """What mlx-dist itself said went wrong, without mpirun's own words."""
-        return [line for line in self.err.splitlines() if line.startswith("mlx-dist: error:")]
+        """What mlx-dist itself said went wrong, without mpirun's own words (which end in NUL)."""
+        lines = self.err.replace("\0", "").splitlines()
+        return [line for line in lines if line.startswith("mlx-dist: error:")]
 
 
 def run(

@@ -13,6 +13,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ from mlx_dist.errors import AgreedError, ConfigError, MlxDistError, WorldError
 from mlx_dist.messages import Address, Identity, Outcome, expect
 
 _MEETING_S = 30.0
+_SAY_FIRST_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +147,8 @@ class World:
                 lines = "".join(traceback.format_exception(error)) + lines
         notes = "".join(f" ({note})" for note in getattr(error, "__notes__", []))
         print(lines + notes, file=sys.stderr, flush=True)
+        # Else mpirun's words about the abort come first, or through the middle of these.
+        time.sleep(_SAY_FIRST_S)
         self.abort()
 
     def abort(self) -> NoReturn:

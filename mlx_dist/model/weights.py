@@ -15,16 +15,24 @@ import struct
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
+from huggingface_hub import (
+    HfApi,
+    cached_assets_path,
+    hf_hub_download,
+    snapshot_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import HTTPError, SafetensorsParsingError
+from huggingface_hub.utils import WeakFileLock
 from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm.utils import load_config, load_model
+from mlx_lm.utils import _get_classes, load_config, load_model
 from safetensors import SafetensorError, safe_open
 
 from mlx_dist.config import Dtype
@@ -32,9 +40,14 @@ from mlx_dist.errors import ModelError
 from mlx_dist.model.families import Anatomy, dissect, family_of
 
 _SMALL_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken"]
+_WEIGHT_FILE = re.compile(r"model[\w.-]*\.safetensors", re.ASCII)
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
+_HUB_ANSWERS_S = 10.0
 _LAYER_NUMBER = re.compile(r"\.(\d+)\.")
 # What mlx-lm and MLX raise for a config or tensors that do not fit the family.
 _UNFIT = (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError, OSError)
+# What huggingface_hub, its HTTP client and its downloader hf_xet raise.
+_UNFETCHED = (OSError, ValueError, RuntimeError, HTTPError, SafetensorsParsingError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +120,7 @@ def find_model(name: str, *, require_proven: bool = True) -> ModelFiles:
         return _find_local(name, folder, require_proven)
     if folder.exists():
         raise ModelError(f"--model {name} is a file; name the folder that holds it")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if not _HUB_ID.fullmatch(name):
         raise ModelError(f"--model {name} is neither a folder here nor a hub id (owner/name)")
     return _find_on_hub(name, require_proven)
 
@@ -125,10 +138,10 @@ def load_stage(
     """
     model, anatomy = _build(files, dtype)
     start, end = cut(anatomy.num_layers)
-    if files.repo is not None:
+    if any(file.path is None for file in files.weights):
         own_names = {name for name, _ in _owned(model, anatomy, start, end)}
-        needed = _files_needed(files, own_names, anatomy, start, end)
-        model, anatomy = _build(files, dtype, fetch=needed)
+        files = _fetch(files, _files_needed(files, own_names, anatomy, start, end))
+        model, anatomy = _build(files, dtype)
     own = list(_owned(model, anatomy, start, end))
     total_bytes = sum(array.nbytes for _, array in own)
     done_bytes = 0
@@ -158,6 +171,12 @@ def _find_local(name: str, folder: Path, require_proven: bool) -> ModelFiles:
 
 def _find_on_hub(name: str, require_proven: bool) -> ModelFiles:
     with _fetching(name):
+        try:
+            # Asked first: a download goes on for minutes trying a hub that does not answer.
+            HfApi().model_info(name, timeout=_HUB_ANSWERS_S)
+        except (OSError, HTTPError):
+            if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+                raise
         config_path = Path(hf_hub_download(name, "config.json"))
         revision = config_path.parent.name
         family_of(_read_config(config_path.parent), require_proven=require_proven)
@@ -173,24 +192,48 @@ def _fetching(name: str) -> Iterator[None]:
     """Raise ModelError for whatever keeps a model on the hub from being fetched."""
     try:
         yield
-    except (OSError, ValueError, HTTPError, SafetensorsParsingError) as error:
-        # The first line says what matters.
-        reason = str(error).strip().split("\n")[0]
+    except _UNFETCHED as error:
+        # The first line has the status, the next one what it is about.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = " ".join(lines[:2]) or type(error).__name__
         raise ModelError(f"--model {name} is no folder and cannot be fetched: {reason}") from None
 
 
 def _hub_header(repo: str, name: str, revision: str) -> WeightFile:
+    """A weight file as its header describes it, which is kept for runs without the hub."""
     cached = try_to_load_from_cache(repo, name, revision=revision)
     if isinstance(cached, str):
         return _read_header(Path(cached))
+    kept = cached_assets_path("mlx_dist", repo, revision) / f"{name}.header"
+    with WeakFileLock(f"{kept}.lock"):  # One rank of this host fetches it.
+        if not kept.exists():
+            unfinished = kept.with_suffix(".unfinished")
+            unfinished.write_bytes(_fetch_header(repo, name, revision))
+            unfinished.replace(kept)
+    file = WeightFile(name, kept.read_bytes(), 0, None)
+    data_bytes = max((t["data_offsets"][1] for t in file.tensors().values()), default=0)
+    return replace(file, size_bytes=8 + len(file.header) + data_bytes)
+
+
+def _fetch_header(repo: str, name: str, revision: str) -> bytes:
     metadata = HfApi().parse_safetensors_file_metadata(repo, name, revision=revision)
     entries = {
         key: {"dtype": t.dtype, "shape": t.shape, "data_offsets": t.data_offsets}
         for key, t in metadata.tensors.items()
     }
-    header = json.dumps({"__metadata__": metadata.metadata or {}} | entries).encode()
-    data_bytes = max((t.data_offsets[1] for t in metadata.tensors.values()), default=0)
-    return WeightFile(name, header, 8 + len(header) + data_bytes, None)
+    return json.dumps({"__metadata__": metadata.metadata or {}} | entries).encode()
+
+
+def _fetch(files: ModelFiles, needed: frozenset[str]) -> ModelFiles:
+    """`files` with those called `needed` on this host, which downloads each of them once."""
+    with _fetching(files.name):
+        weights = tuple(
+            _read_header(Path(hf_hub_download(files.repo, file.name, revision=files.revision)))
+            if file.path is None and file.name in needed
+            else file
+            for file in files.weights
+        )
+    return replace(files, weights=weights)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -212,9 +255,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _indexed_files(index: Path) -> set[str]:
     try:
-        return set(json.loads(index.read_bytes())["weight_map"].values())
+        names = set(json.loads(index.read_bytes())["weight_map"].values())
+        # mlx-lm reads no others; and what the index says becomes a path.
+        strange = sorted(name for name in names if not _WEIGHT_FILE.fullmatch(name))
     except (ValueError, KeyError, AttributeError, TypeError):
         raise ModelError(f"{index} is damaged; copy it again") from None
+    if strange:
+        raise ModelError(f"{index} names {strange[0]!r}, which is no model*.safetensors beside it")
+    return names
 
 
 def _read_header(path: Path) -> WeightFile:
@@ -230,13 +278,12 @@ def _read_header(path: Path) -> WeightFile:
     return WeightFile(path.name, header, path.stat().st_size, path)
 
 
-def _build(
-    files: ModelFiles, dtype: Dtype, fetch: frozenset[str] = frozenset()
-) -> tuple[nn.Module, Anatomy]:
-    """The model with every tensor lazy. Of a hub model the weight files in `fetch` are real."""
+def _build(files: ModelFiles, dtype: Dtype) -> tuple[nn.Module, Anatomy]:
+    """The model with every tensor lazy."""
     try:
-        with _folder_to_load(files, fetch) as folder:
-            model, _ = load_model(folder, lazy=True)
+        with _folder_to_load(files) as (folder, hollow):
+            classes = partial(_classes_once_emptied, hollow)
+            model, _ = load_model(folder, lazy=True, get_model_classes=classes)
         _convert(model, dtype)
         return model, dissect(model)
     except _UNFIT as error:
@@ -245,14 +292,14 @@ def _build(
 
 
 @contextmanager
-def _folder_to_load(files: ModelFiles, fetch: frozenset[str]) -> Iterator[Path]:
-    """A folder that looks like the whole model, in which absent weights are only headers.
+def _folder_to_load(files: ModelFiles) -> Iterator[tuple[Path, list[Path]]]:
+    """A folder that looks like the whole model, and which of its weight files are hollow.
 
-    mlx-lm needs every tensor's name and shape. An absent file is a sparse one, emptied once MLX
-    has opened it: its tensors have shapes, and reading one by mistake is an error, never zeros.
+    mlx-lm needs every tensor's name and shape. Of a weight file that is not here it gets the
+    header and then nothing, up to the size that MLX asks for.
     """
     if files.repo is None:
-        yield files.folder
+        yield files.folder, []
         return
     with tempfile.TemporaryDirectory(prefix="mlx_dist-") as name:
         folder = Path(name)
@@ -264,17 +311,21 @@ def _folder_to_load(files: ModelFiles, fetch: frozenset[str]) -> Iterator[Path]:
             path = folder / file.name
             if file.path is not None:
                 path.symlink_to(file.path.resolve())
-            elif file.name in fetch:
-                with _fetching(files.name):
-                    fetched = hf_hub_download(files.repo, file.name, revision=files.revision)
-                path.symlink_to(Path(fetched).resolve())
             else:
                 path.write_bytes(struct.pack("<Q", len(file.header)) + file.header)
                 os.truncate(path, file.size_bytes)
                 hollow.append(path)
-        yield folder
-        for path in hollow:
-            os.truncate(path, 0)
+        yield folder, hollow
+
+
+def _classes_once_emptied(hollow: list[Path], config: dict[str, Any]) -> Any:
+    """The family's classes, which mlx-lm asks for once MLX has opened every weight file.
+
+    From here on, reading a tensor of a hollow file by mistake is an error, never zeros.
+    """
+    for path in hollow:
+        os.truncate(path, 0)
+    return _get_classes(config)
 
 
 def _files_needed(
@@ -289,6 +340,8 @@ def _files_needed(
     named = {name for file in files.weights for name in file.tensors()}
     outside = {n for n in own_names if not n.startswith(anatomy.layers_path + ".")}
     outside_renamed = not outside <= named
+    # With a module's weight go the scales it is stored with, which mlx-lm may multiply in.
+    modules = {name.rpartition(".")[0] for name in outside}
 
     def is_needed(name: str) -> bool:
         if name in own_names:
@@ -296,7 +349,7 @@ def _files_needed(
         numbers = [int(n) for n in _LAYER_NUMBER.findall(name)]
         if numbers:
             return start <= numbers[0] < end
-        return outside_renamed
+        return outside_renamed or name.rpartition(".")[0] in modules
 
     return frozenset(file.name for file in files.weights if any(map(is_needed, file.tensors())))
 

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import socket
+import time
 
 import mlx.core as mx
 import pytest
@@ -19,6 +21,9 @@ FILES = {
     "model-00004-of-00004.safetensors": ("model.layers.5.", "model.norm."),
 }
 FIRST, SECOND, THIRD, FOURTH = FILES
+SMALL = {"config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors.index.json"}
+# huggingface_hub asks for a file's header in a range of this many bytes.
+HEADER_RANGE_BYTES = 100_001
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +32,7 @@ def repository(tmp_path_factory):
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(MODEL_DIR / name, folder)
     (folder / "evil.py").write_text("raise SystemExit('this must never be fetched')")
+    (folder / "pytorch_model.bin").write_bytes(b"nor this")
     weights = mx.load(str(MODEL_DIR / "model.safetensors"))
     weight_map = {}
     for file, prefixes in FILES.items():
@@ -45,17 +51,29 @@ def hub(repository):
 
 
 @pytest.fixture(scope="module")
-def text():
-    return mlx_dist("generate", *PROMPT).json()["text"]
+def text(repository):
+    return mlx_dist("generate", *PROMPT, "--model", repository).json()["text"]
 
 
-def _sizes(repository):
-    return {name: (repository / name).stat().st_size for name in FILES}
+def _generate(hub, cache, model=REPO, ranks=3, **environment):
+    return mlx_dist(
+        *("generate", *PROMPT, "--model", model),
+        num_ranks=ranks,
+        env=hub.environment(cache) | environment,
+        timeout_s=60,
+    )
 
 
-def _fetched_whole(hub):
-    """The weight files of which more than a header was sent."""
-    return {name for name, size in _sizes(hub.folder).items() if hub.sent_bytes[name] >= size}
+def _refused(*arguments, **options):
+    """The one line that says why, of a run that must not hang."""
+    start = time.monotonic()
+    done = _generate(*arguments, **options)
+    assert time.monotonic() - start < 30
+    assert done.code == 1
+    assert done.out == ""
+    assert "Traceback" not in done.err
+    [line] = done.error_lines
+    return line
 
 
 # Layers 0 to 1, 2 to 3 and 4 to 5; the embedding is tied to the head, so the last needs it too.
@@ -71,25 +89,74 @@ def _fetched_whole(hub):
 def test_a_stage_fetches_only_its_files(hub, tmp_path, stage, needed):
     done = program("fetch", REPO, stage, num_ranks=1, env=hub.environment(tmp_path))
     assert done.code == 0, done.err
-    assert _fetched_whole(hub) == needed
-    sizes = _sizes(hub.folder)
-    for name in needed:
-        assert hub.sent_bytes[name] < 1.5 * sizes[name] + 300_000
-    assert not any(name.endswith(".py") for name in hub.sent_bytes)
+    assert hub.files == SMALL | set(FILES)
+    assert {name for name in FILES if hub.whole(name)} == needed
+    for name in FILES:
+        body_bytes = hub.bytes_of(name) - hub.whole(name) * (hub.folder / name).stat().st_size
+        assert hub.whole(name) <= 1
+        assert body_bytes <= HEADER_RANGE_BYTES
+    stored = {path.name for path in (tmp_path / "hub").glob("models--*/snapshots/*/*")}
+    assert stored == SMALL | needed
 
 
 def test_three_ranks_of_a_host_fetch_each_file_once(hub, tmp_path, text):
-    environment = hub.environment(tmp_path)
-    answer = mlx_dist("generate", *PROMPT, "--model", REPO, num_ranks=3, env=environment).json()
-    assert answer["text"] == text
-    for name, size in _sizes(hub.folder).items():
-        # Each rank may read headers, of up to 100 kB, beside one whole download.
-        assert size <= hub.sent_bytes[name] < size + 3 * 2 * 100_001
-        assert hub.sent_bytes[name] < 2 * size
-    before = dict(hub.sent_bytes)
-    answer = mlx_dist("generate", *PROMPT, "--model", REPO, num_ranks=3, env=environment).json()
-    assert answer["text"] == text
-    assert {n: hub.sent_bytes[n] for n in FILES} == {n: before[n] for n in FILES}
+    assert _generate(hub, tmp_path).json()["text"] == text
+    assert hub.files == SMALL | set(FILES)
+    for name in FILES:
+        assert hub.whole(name) == 1
+        assert hub.bytes_of(name) <= (hub.folder / name).stat().st_size + HEADER_RANGE_BYTES
+    for name in SMALL:
+        assert hub.whole(name) == 1
+    hub.sent.clear()
+    assert _generate(hub, tmp_path).json()["text"] == text
+    # The hub is asked whether its main branch has moved on, and for nothing else.
+    assert hub.files == {"config.json"}
+    assert hub.bytes_of("config.json") == 0
+
+
+def test_a_host_with_one_file_of_the_model_fetches_the_others(hub, tmp_path, text):
+    program("fetch", REPO, "3,5", num_ranks=1, env=hub.environment(tmp_path))
+    assert _generate(hub, tmp_path, ranks=2).json()["text"] == text
+    assert {name: hub.whole(name) for name in FILES} == dict.fromkeys(FILES, 1)
+
+
+@pytest.fixture
+def silent():
+    """The address of a hub that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def _without_hub(how, silent):
+    return {"down": {}, "offline": {"HF_HUB_OFFLINE": "1"}, "silent": {"HF_ENDPOINT": silent}}[how]
+
+
+@pytest.mark.parametrize("how", ["down", "offline", "silent"])
+def test_a_model_that_is_here_needs_no_hub(repository, tmp_path, text, silent, how):
+    with serve(repository) as hub:
+        assert _generate(hub, tmp_path).json()["text"] == text
+    assert _generate(hub, tmp_path, **_without_hub(how, silent)).json()["text"] == text
+
+
+@pytest.mark.parametrize("how", ["down", "offline"])
+def test_a_stage_that_is_here_needs_no_hub(repository, tmp_path, silent, how):
+    """Of the files with other stages this host has kept the headers."""
+    with serve(repository) as hub:
+        environment = hub.environment(tmp_path)
+        first = program("fetch", REPO, "2,4", num_ranks=1, env=environment)
+    environment |= _without_hub(how, silent)
+    again = program("fetch", REPO, "2,4", num_ranks=1, env=environment)
+    assert (again.code, again.out) == (0, first.out), again.err
+
+
+def test_a_stage_that_is_not_here_needs_the_hub(repository, tmp_path):
+    with serve(repository) as hub:
+        environment = hub.environment(tmp_path)
+        assert program("fetch", REPO, "2,4", num_ranks=1, env=environment).code == 0
+    environment |= {"HF_HUB_OFFLINE": "1"}
+    other = program("fetch", REPO, "0,2", num_ranks=1, env=environment)
+    assert other.code != 0
+    assert f"ModelError: --model {REPO} is no folder and cannot be fetched" in other.err
 
 
 def test_an_unproven_family_is_refused_before_its_weights_are_fetched(repository, tmp_path):
@@ -97,39 +164,70 @@ def test_an_unproven_family_is_refused_before_its_weights_are_fetched(repository
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"model_type": "gemma3n"}))
     with serve(other) as hub:
-        done = mlx_dist(
-            "generate", *PROMPT, "--model", REPO, num_ranks=3, env=hub.environment(tmp_path)
-        )
-        assert done.code == 1
-        assert "'gemma3n' is not proven" in done.error_lines[0]
-        assert set(hub.sent_bytes) == {"config.json"}
+        assert "'gemma3n' is not proven" in _refused(hub, tmp_path / "cache")
+        assert hub.files == {"config.json"}
+
+
+def test_code_that_comes_with_a_model_is_refused(repository, tmp_path):
+    other = shutil.copytree(repository, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"model_file": "evil.py"}))
+    with serve(other) as hub:
+        assert "runs no such code" in _refused(hub, tmp_path / "cache", ranks=2)
+        assert hub.files == {"config.json"}
 
 
 def test_a_repository_that_is_not_there_is_named(hub, tmp_path):
-    done = mlx_dist(
-        "generate", *PROMPT, "--model", "owner/nothing", num_ranks=2, env=hub.environment(tmp_path)
-    )
-    assert done.code == 1
-    assert "Traceback" not in done.err
-    [line] = done.error_lines
-    assert "--model owner/nothing is no folder and cannot be fetched" in line
+    line = _refused(hub, tmp_path, "owner/nothing")
+    assert "--model owner/nothing is no folder and cannot be fetched: 401" in line
+    assert "Repository Not Found" in line
 
 
-def test_a_hub_that_is_down_is_said(hub, tmp_path):
-    environment = hub.environment(tmp_path) | {"HF_ENDPOINT": "http://127.0.0.1:9"}
-    done = mlx_dist("generate", *PROMPT, "--model", REPO, num_ranks=2, env=environment)
-    assert done.code == 1
-    assert "Traceback" not in done.err
-    [line] = done.error_lines
+@pytest.mark.parametrize("how", ["down", "offline", "silent"])
+def test_a_hub_that_is_away_is_said(repository, tmp_path, silent, how):
+    with serve(repository) as hub:
+        pass
+    line = _refused(hub, tmp_path, **_without_hub(how, silent))
     assert f"--model {REPO} is no folder and cannot be fetched" in line
+    words = {"down": "refused", "offline": "HF_HUB_OFFLINE", "silent": "timed out"}
+    assert words[how] in line
 
 
-def test_a_download_that_breaks_off_is_an_error(hub, tmp_path):
-    hub.breaking.add(THIRD)
-    done = mlx_dist(
-        "generate", *PROMPT, "--model", REPO, num_ranks=3, env=hub.environment(tmp_path)
-    )
-    assert done.code == 1
-    assert done.out == ""
-    assert "Traceback" not in done.err
-    assert len(done.error_lines) == 1
+def test_a_repository_without_weights_is_named(repository, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(repository / "config.json", other)
+    with serve(other) as hub:
+        line = _refused(hub, tmp_path / "cache", ranks=2)
+        assert "model.safetensors" in line
+        assert "Entry Not Found" in line
+
+
+def test_a_weight_file_that_is_none_is_named(repository, tmp_path):
+    other = shutil.copytree(repository, tmp_path / "other")
+    (other / THIRD).write_bytes(b"\x07" * 1000)
+    with serve(other) as hub:
+        assert THIRD in _refused(hub, tmp_path / "cache", ranks=2)
+
+
+def test_a_weight_file_that_was_uploaded_in_part_is_named(repository, tmp_path):
+    other = shutil.copytree(repository, tmp_path / "other")
+    (other / THIRD).write_bytes((repository / THIRD).read_bytes()[:-5000])
+    with serve(other) as hub:
+        line = _refused(hub, tmp_path / "cache", ranks=2)
+        assert THIRD in line
+        assert "cut off" in line
+
+
+def test_a_download_that_breaks_off_is_resumed(hub, tmp_path, text):
+    hub.breaks[THIRD] = 2
+    assert _generate(hub, tmp_path).json()["text"] == text
+    assert hub.breaks[THIRD] == 0
+
+
+def test_a_download_that_always_breaks_off_is_an_error(hub, tmp_path, text):
+    hub.breaks[THIRD] = 1000
+    assert "cannot be fetched" in _refused(hub, tmp_path)
+    assert not list((tmp_path / "hub").glob(f"models--*/snapshots/*/{THIRD}"))
+    hub.breaks.clear()
+    assert _generate(hub, tmp_path).json()["text"] == text
