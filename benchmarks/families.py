@@ -39,9 +39,10 @@ from benchmarks.tiny_models import (
 )
 from mlx_dist.config import Dtype
 from mlx_dist.model.families import dissect
+from mlx_dist.model.files import find_model
 from mlx_dist.model.stage import Stage
 from mlx_dist.model.verdicts import PROVEN
-from mlx_dist.model.weights import LoadedModel, find_model, load_stage
+from mlx_dist.model.weights import LoadedModel, load_stage
 
 _NUM_SEQUENCES = 2
 # Prefill in chunks that cross the sliding window, then decode.

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_dist.demo import MODEL_DIR
-from mlx_dist.model.weights import find_model
+from mlx_dist.model.files import find_model
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,8 +25,9 @@ from mlx_dist.engine.program import Rank
 from mlx_dist.engine.text import Tokenizer
 from mlx_dist.engine.transport import Transport
 from mlx_dist.messages import WIRE_VERSION, Report, expect
+from mlx_dist.model.files import ModelFiles, find_model
 from mlx_dist.model.stage import Stage
-from mlx_dist.model.weights import ModelFiles, find_model, load_stage
+from mlx_dist.model.weights import load_stage
 
 # What these name is a rank's own; any other MLX_ variable must be equal everywhere.
 _OWN_VARIABLES = {

@@ -9,8 +9,8 @@ from benchmarks.families import ProofError, Rig, all_cuts, some_cuts
 from benchmarks.tiny_models import Variant, variants, write_tiny_model
 from mlx_dist.errors import FamilyError
 from mlx_dist.model.families import family_of
+from mlx_dist.model.files import find_model
 from mlx_dist.model.verdicts import PROVEN, REFUSED
-from mlx_dist.model.weights import find_model
 
 FAMILIES = [
     "cohere2",

@@ -10,8 +10,10 @@ from mlx.utils import tree_flatten
 from benchmarks.tiny_models import NUM_LAYERS, Variant, write_tiny_model
 from mlx_dist.config import Dtype
 from mlx_dist.errors import ModelError
+from mlx_dist.model import files as model_files
 from mlx_dist.model import weights
-from mlx_dist.model.weights import find_model, load_stage
+from mlx_dist.model.files import find_model
+from mlx_dist.model.weights import load_stage
 
 PLAIN = Variant("plain")
 STAGES = [(0, 8), (0, 3), (3, 5), (5, 8), (7, 8), (2, 3)]
@@ -96,7 +98,7 @@ def test_a_stage_needs_the_files_of_its_layers(tmp_path, monkeypatch, family, va
         fetched.add(name)
         return str(tmp_path / name)
 
-    monkeypatch.setattr(weights, "hf_hub_download", download)
+    monkeypatch.setattr(model_files, "hf_hub_download", download)
     loaded = _load(_as_on_hub(files), start, end)
     whole = _load(files, start, end)
     expected, got = _own_weights(whole, start, end), _own_weights(loaded, start, end)
@@ -116,7 +118,7 @@ def test_a_stage_needs_the_files_of_its_layers(tmp_path, monkeypatch, family, va
 def test_the_scales_of_the_head_go_with_it(tmp_path):
     files = find_model(str(_write_split("llama", tmp_path)))
     scales = b'{"lm_head.weight_scale_inv":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
-    other = weights.WeightFile("model-scales.safetensors", scales, 12 + len(scales), None)
+    other = model_files.WeightFile("model-scales.safetensors", scales, 12 + len(scales), None)
     _, anatomy = weights._build(files, Dtype.auto)
     files = replace(files, weights=(*files.weights, other))
     for own, is_needed in (({"lm_head.weight"}, True), ({"model.embed_tokens.weight"}, False)):
@@ -161,14 +163,14 @@ def test_a_stage_does_not_load_without_a_file_it_needs(tmp_path, monkeypatch):
     "name", ["./x", "../x", "~/x/y", "x/..", "a/b/c", "a", "a/", "/a", "a b/c", "a/b\n", "ä/b", ""]
 )
 def test_what_is_no_hub_id_is_not_asked_for(monkeypatch, name):
-    monkeypatch.setattr(weights, "_find_on_hub", lambda *_args: pytest.fail("asked the hub"))
+    monkeypatch.setattr(model_files, "_find_on_hub", lambda *_args: pytest.fail("asked the hub"))
     with pytest.raises(ModelError):
         find_model(name)
 
 
 @pytest.mark.parametrize("name", ["a/b", "mlx-community/Qwen3-0.6B-4bit", "_a/b.c_d-e"])
 def test_what_is_a_hub_id_is_asked_for(monkeypatch, name):
-    monkeypatch.setattr(weights, "_find_on_hub", lambda asked, _proven: asked)
+    monkeypatch.setattr(model_files, "_find_on_hub", lambda asked, _proven: asked)
     assert find_model(name) == name
 
 

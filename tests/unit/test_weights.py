@@ -11,7 +11,8 @@ from benchmarks.tiny_models import Variant, write_tiny_model
 from mlx_dist.cluster.placement import cut
 from mlx_dist.config import Dtype
 from mlx_dist.errors import FamilyError, ModelError
-from mlx_dist.model.weights import find_model, load_stage
+from mlx_dist.model.files import find_model
+from mlx_dist.model.weights import load_stage
 
 
 def _load(folder, start, end, dtype=Dtype.auto):

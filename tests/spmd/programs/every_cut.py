@@ -18,8 +18,9 @@ from mlx_dist.engine.scheduler import Request
 from mlx_dist.engine.text import Tokenizer
 from mlx_dist.engine.transport import Transport
 from mlx_dist.messages import Sampling
+from mlx_dist.model.files import find_model
 from mlx_dist.model.stage import Stage
-from mlx_dist.model.weights import find_model, load_stage
+from mlx_dist.model.weights import load_stage
 
 PROMPTS = ("What is a rank?", "Why does a pipeline need more than one microbatch in flight?")
 SAMPLINGS = (Sampling(), Sampling(temperature=1.0, top_p=0.95, seed=11, presence_penalty=0.5))

@@ -7,7 +7,8 @@ from mlx_dist.cluster.blas import preload_blas
 preload_blas(1)
 
 from mlx_dist.config import Dtype
-from mlx_dist.model.weights import find_model, load_stage
+from mlx_dist.model.files import find_model
+from mlx_dist.model.weights import load_stage
 
 start, end = map(int, sys.argv[2].split(","))
 loaded = load_stage(
