@@ -130,7 +130,7 @@ class Rig:
                 if hidden_BLD is not None:
                     _check_announced(stage, hidden_BLD)
                 hidden_BLD = stage.forward(self._slot, tokens_BL, hidden_BLD)
-                mx.eval(hidden_BLD, stage.slots.arrays(self._slot))
+                mx.eval(hidden_BLD, stage.slots.states(self._slot))
             assert hidden_BLD is not None
             yield hidden_BLD
         for stage in stages:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+import time
 
 from mlx_dist.cli import app
 from mlx_dist.cluster import launch
 from mlx_dist.errors import AgreedError, ConfigError, MlxDistError, PlacementError, RequestError
 
-_SAME_ON_ALL_RANKS = (AgreedError, ConfigError, PlacementError, RequestError)
+_FROM_THE_COMMAND_LINE = (ConfigError, PlacementError, RequestError)
+_FIRST_RANK_SPEAKS_S = 2.0
 
 
 def main() -> None:
@@ -16,8 +18,11 @@ def main() -> None:
     try:
         app()
     except MlxDistError as error:
-        # What is wrong on all ranks, one of them says: what they agreed on, or were all given.
-        if launch.is_first_rank() or not isinstance(error, _SAME_ON_ALL_RANKS):
+        # Most likely all ranks have it; the first one's end keeps the others from saying it again.
+        if not launch.is_first_rank() and isinstance(error, _FROM_THE_COMMAND_LINE):
+            time.sleep(_FIRST_RANK_SPEAKS_S)
+        # What the ranks agreed on, the world has said.
+        if not isinstance(error, AgreedError):
             print(f"mlx-dist: error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
 

@@ -85,10 +85,7 @@ def _measure(leader: Leader, request: Request) -> Trial:
     times += [time.perf_counter() for _ in leader.stream(request)]
     ttft_s = times[1] - times[0]
     generation_s = times[-1] - times[1]
-    num_after = request.max_tokens - 1
-    return Trial(
-        ttft_s, len(request.prompt) / ttft_s, num_after / generation_s if num_after else 0.0
-    )
+    return Trial(ttft_s, len(request.prompt) / ttft_s, (request.max_tokens - 1) / generation_s)
 
 
 def _check_context(context_tokens: int | None, prompt: int, generation: int) -> None:

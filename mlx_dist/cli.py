@@ -61,9 +61,11 @@ def generate(
     top_k: Annotated[int, typer.Option(help="Sample from this many tokens; 0 is all.")] = 0,
     min_p: Annotated[float, typer.Option(help="Least probability, of the likeliest's.")] = 0.0,
     repetition_penalty: Annotated[
-        float, typer.Option(help="Divide repeats' logits; 1 is off.")
+        float, typer.Option(help="Divide logits of the last 20 tokens; 1 is off.")
     ] = 1,
-    presence_penalty: Annotated[float, typer.Option(help="Take from logits of tokens seen.")] = 0,
+    presence_penalty: Annotated[
+        float, typer.Option(help="Take from logits of the last 20 tokens.")
+    ] = 0,
     frequency_penalty: Annotated[float, typer.Option(help="The same, for each time seen.")] = 0,
     logit_bias: Annotated[
         list[str] | None, typer.Option(help="TOKEN_ID:BIAS, added to a logit; may repeat.")
@@ -149,9 +151,10 @@ def bench(
 ) -> None:
     """Measure prompt and generation speed on random tokens."""
     config = RunConfig(model, parse_layers(layers), fabric, dtype, prefill_chunk, jaccl_devices)
-    for flag, value in (("-p", prompt_tokens), ("-g", generation_tokens), ("-r", num_trials)):
-        if value < 1:
-            raise ConfigError(f"{flag} is {value}; use 1 or more")
+    least = {"-p": (prompt_tokens, 1), "-g": (generation_tokens, 2), "-r": (num_trials, 1)}
+    for flag, (value, minimum) in least.items():
+        if value < minimum:
+            raise ConfigError(f"{flag} is {value}; use {minimum} or more")
     blas = _become_ranks(num_ranks, hostfile)
 
     from mlx_dist.bench import run_bench
@@ -180,7 +183,7 @@ def _become_ranks(num_ranks: int | None, hostfile: Path | None) -> str:
         if num_ranks is not None and num_ranks != 1:
             launch.relaunch(num_ranks, hostfile, sys.argv[1:])
         if hostfile is not None:
-            raise ConfigError("--hostfile goes with -n; say how many ranks to start")
+            raise ConfigError("--hostfile goes with -n of 2 or more; say how many ranks to start")
     elif num_ranks is not None and num_ranks != launch.launched_size():
         raise ConfigError(
             f"-n {num_ranks} under a launcher that started {launch.launched_size()} ranks; "
@@ -224,8 +227,8 @@ def _parse_logit_bias(pairs: list[str]) -> dict[int, float]:
 def _check_request(sampling: Sampling, max_tokens: int, stop: list[str]) -> None:
     """Raise RequestError for a value that no sampler takes."""
     limits = {
-        "temperature": (0, 100),
-        "top_p": (0, 1),
+        "temperature": (0.01, 100),
+        "top_p": (1e-6, 1),
         "top_k": (0, 1 << 31),
         "min_p": (0, 1),
         "repetition_penalty": (0.01, 100),
@@ -236,9 +239,12 @@ def _check_request(sampling: Sampling, max_tokens: int, stop: list[str]) -> None
     for name, (least, most) in limits.items():
         value = getattr(sampling, name)
         # Written so that NaN is refused too.
-        if not least <= value <= most:
+        if not least <= value <= most and (name, value) != ("temperature", 0):
             flag = "--" + name.replace("_", "-")
             raise RequestError(f"{flag} is {value}; use a value from {least} to {most}")
+    for token, bias in sampling.logit_bias.items():
+        if not -100 <= bias <= 100:
+            raise RequestError(f"--logit-bias {token}:{bias} is not between -100 and 100")
     if max_tokens < 1:
         raise RequestError(f"--max-tokens is {max_tokens}; use 1 or more")
     if any(not text for text in stop):

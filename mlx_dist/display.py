@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
@@ -53,7 +54,7 @@ def rank_table(reports: list[Report], caption: str) -> None:
         table.add_row(
             str(report.rank),
             report.host,
-            f"[{start}, {end})".replace("[", r"\["),
+            escape(f"[{start}, {end})"),
             _size(report.weights_bytes),
             _size(report.peak_rss_bytes),
             f"{report.load_s:.1f} s",

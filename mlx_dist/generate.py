@@ -41,7 +41,7 @@ class Answer:
     text: str
     prompt_tokens: int
     completion_tokens: int
-    finish_reason: str
+    finish_reason: str | None
     ttft_s: float
     prompt_tokens_per_s: float
     tokens_per_s: float
@@ -108,7 +108,7 @@ def _answer(
         text="".join(pieces),
         prompt_tokens=len(request.prompt),
         completion_tokens=num_tokens,
-        finish_reason=leader.finish_reason or "stop",
+        finish_reason="stop" if stream.is_stopped else leader.finish_reason,
         ttft_s=ttft_s,
         prompt_tokens_per_s=len(request.prompt) / ttft_s,
         tokens_per_s=(num_tokens - 1) / (times[-1] - times[1]) if num_tokens > 1 else 0.0,

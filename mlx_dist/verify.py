@@ -6,12 +6,14 @@ so it needs memory for the whole model.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
+from rich.markup import escape
 from rich.table import Table
 
 from mlx_dist import display
@@ -21,6 +23,7 @@ from mlx_dist.engine.program import Leader, Rank
 from mlx_dist.engine.scheduler import Request
 from mlx_dist.engine.session import Session, open_session
 from mlx_dist.engine.text import Tokenizer
+from mlx_dist.errors import AgreedError, ModelError, RequestError
 from mlx_dist.messages import Outcome, Recording, Sampling, expect
 
 # A word, a sentence, and enough text for several chunks of prompt.
@@ -29,6 +32,8 @@ DEFAULT_PROMPTS = (
     "Which rank holds the last layers of the model?",
     "A pipeline passes hidden states from rank to rank. " * 8,
 )
+
+_MOST_PROMPT_TOKENS = 512
 
 Arrays = list[NDArray[np.float32]]
 
@@ -84,13 +89,22 @@ def run_verify(
 
 def _request(tokenizer: Tokenizer, text: str, max_tokens: int) -> Request:
     tokens = tokenizer.encode_prompt(text, chat=False)
+    if len(tokens) > _MOST_PROMPT_TOKENS:
+        raise RequestError(
+            f"a prompt has {len(tokens)} tokens; every layer's output is compared, so use at most "
+            f"{_MOST_PROMPT_TOKENS}"
+        )
     return Request(tokens, tokenizer.limit(tokens, max_tokens), Sampling(), record=True)
 
 
 def _one_process(session: Session) -> tuple[Session, Rank]:
     """The same model and program in a world of one."""
     single = replace(session, world=alone(), config=replace(session.config, layers=None))
-    return single, single.load()
+    try:
+        return single, single.load()
+    except AgreedError as error:
+        # Agreed on in the world of one only.
+        raise ModelError(f"one process cannot load the whole model: {error}") from None
 
 
 def _run(session: Session, rank: Rank, request: Request | None) -> tuple[list[int], list[Arrays]]:
@@ -135,9 +149,12 @@ def _compare(
 
 
 def _difference(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
+    """The largest absolute difference: 0 for bit-equal, infinite where one is not a number."""
     if np.array_equal(a, b, equal_nan=True):
         return 0.0
-    return float(np.max(np.abs(a - b), initial=0.0)) or float("inf")
+    with np.errstate(invalid="ignore"):
+        difference = float(np.max(np.abs(a - b)))
+    return difference if difference > 0 else math.inf
 
 
 def _show(comparisons: list[Comparison], as_json: bool) -> None:
@@ -149,7 +166,7 @@ def _show(comparisons: list[Comparison], as_json: bool) -> None:
         first = "none" if c.first_token is None else "{}: {} for {}".format(*c.first_token)
         layers = ", ".join(f"{i}: {d:.2g}" for i, d in c.layers.items()) or "all equal"
         text = c.prompt if len(c.prompt) <= 40 else c.prompt[:37] + "..."
-        table.add_row(text, str(c.num_tokens), f"{c.logits:.3g}", first, layers)
+        table.add_row(escape(text), str(c.num_tokens), f"{c.logits:.3g}", first, layers)
     display.console().print(table)
     print("equal" if all(c.is_equal for c in comparisons) else "DIFFERENT", flush=True)
 

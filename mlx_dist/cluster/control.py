@@ -63,6 +63,7 @@ class Control:
         """Every rank's message, in rank order, on every rank."""
         frames = self._wire.all_gather(encode(message, self._gathered), deadline_s)
         messages = [decode(frame, self._gathered) for frame in frames]
+        self._say(f"{self._gathered} -> all", message)
         self._gathered += 1
         return messages
 

@@ -19,7 +19,13 @@ MAX_RANKS = 64
 # mpirun gives ranks on other hosts only the variables it is told to.
 _FORWARDED = ("MLX_", "HF_", "OPENBLAS_", "OMP_", "BLIS_", "MKL_")
 # What these name is true on this host only.
-_LOCAL = ("MLX_RANK", "MLX_HOSTFILE", "MLX_MPI_LIBNAME")
+_LOCAL = {
+    "MLX_DIST_ADDRESS",
+    "MLX_HOSTFILE",
+    "MLX_IBV_DEVICES",
+    "MLX_MPI_LIBNAME",
+    "MLX_RANK",
+}
 
 
 def under_a_launcher() -> bool:
@@ -50,8 +56,14 @@ def _ring_ips() -> list[str]:
     hostfile = os.environ.get("MLX_HOSTFILE")
     if "MLX_RANK" not in os.environ or not hostfile:
         return []
-    hosts = json.loads(Path(hostfile).read_bytes())
-    return [addresses[0].rsplit(":", 1)[0] for addresses in hosts]
+    try:
+        hosts = json.loads(Path(hostfile).read_bytes())
+        return [addresses[0].rsplit(":", 1)[0] for addresses in hosts]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"MLX_HOSTFILE={hostfile} is no list of hosts ({error}); unset MLX_RANK to start "
+            "without mlx.launch"
+        ) from None
 
 
 def threads_per_rank() -> int:
@@ -79,7 +91,7 @@ def mpirun_command(num_ranks: int, hostfile: Path | None, python: list[str]) -> 
     elif hostfile.is_file():
         command += ["--hostfile", str(hostfile.absolute())]
     else:
-        raise ConfigError(f"--hostfile {hostfile} does not exist; see hostfile.txt for an example")
+        raise ConfigError(f"--hostfile {hostfile} is no file; see hostfile.txt for an example")
     # A waiting rank must leave its core to one that computes.
     command += ["--mca", "mpi_yield_when_idle", "1"]
     if os.geteuid() == 0:
@@ -88,7 +100,18 @@ def mpirun_command(num_ranks: int, hostfile: Path | None, python: list[str]) -> 
         if name.startswith(_FORWARDED) and name not in _LOCAL:
             command += ["-x", name]
     # By absolute path: a bare name is looked up on the other host with another PATH.
-    return [*command, str(Path(sys.executable).absolute()), *python]
+    return [*command, str(Path(sys.executable).absolute()), *_without_colons(python)]
+
+
+def _without_colons(arguments: list[str]) -> list[str]:
+    """`arguments` in which a value ":" is tied to its option: mpirun takes it for a border."""
+    tied: list[str] = []
+    for argument in arguments:
+        if argument == ":" and tied and tied[-1].startswith("--"):
+            tied[-1] += "=:"
+        else:
+            tied.append(argument)
+    return tied
 
 
 def relaunch(num_ranks: int, hostfile: Path | None, arguments: list[str]) -> NoReturn:

@@ -39,7 +39,9 @@ def cut(num_layers: int, num_ranks: int, counts: Sequence[int] | None) -> list[t
             f"--layers {written} adds up to {sum(counts)} and the model has {num_layers} layers"
         )
     if min(counts) < 1:
-        raise PlacementError(f"--layers {written} leaves a rank without layers; give it one")
+        raise PlacementError(
+            f"--layers {written} leaves a rank without layers; give it one or start fewer"
+        )
     stages, start = [], 0
     for count in counts:
         stages.append((start, start + count))

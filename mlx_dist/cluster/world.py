@@ -172,7 +172,10 @@ class World:
         error: BaseException | None,
         _traceback: TracebackType | None,
     ) -> None:
-        if self.size > 1 and error is not None and not isinstance(error, AgreedError):
+        if isinstance(error, AgreedError):
+            if self.is_leader:
+                print(f"mlx-dist: error: {error}", file=sys.stderr, flush=True)
+        elif error is not None and self.size > 1:
             self.fail(error)
         if self.size > 1:
             self.control.all_gather(Outcome())
@@ -277,9 +280,15 @@ def _exchange_addresses(control: Control, rank: int) -> list[Address]:
     peers = [peer for peer in hosts if peer != host]
     ip = os.environ.get("MLX_DIST_ADDRESS") or (_own_ip(peers[0]) if peers else "127.0.0.1")
     with socket.socket() as probe:
-        probe.bind((ip, 0))
+        try:
+            probe.bind((ip, 0))
+        except OSError as error:
+            raise WorldError(
+                f"{ip} is no address of {host} ({error}); set MLX_DIST_ADDRESS to one"
+            ) from None
         port = probe.getsockname()[1]
-    gathered = control.all_gather(Address(host, f"{ip}:{port}"), _MEETING_S)
+        # Held until all have chosen, so that two ranks of a host do not choose the same.
+        gathered = control.all_gather(Address(host, f"{ip}:{port}"), _MEETING_S)
     return [expect(message, Address) for message in gathered]
 
 

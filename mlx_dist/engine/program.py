@@ -48,12 +48,14 @@ class Rank:
             match plan:
                 case Open():
                     self.stage.slots.open(plan.slot)
-                    self._samplers[plan.slot] = SlotSampler(plan.sampling, self.stage.vocab_size)
+                    if self.stage.is_last:
+                        sampler = SlotSampler(plan.sampling, self.stage.vocab_size)
+                        self._samplers[plan.slot] = sampler
                 case Step():
                     self._step(plan)
                 case Close():
                     self.stage.slots.close(plan.slot)
-                    del self._samplers[plan.slot]
+                    self._samplers.pop(plan.slot, None)
                 case Shutdown():
                     pass
         except BaseException as error:
@@ -79,7 +81,7 @@ class Rank:
             self.transport.send_tokens(Tokens(step.microbatch, np.array(tokens_B).tolist()))
         else:
             # Logits that nobody samples from are never computed.
-            mx.eval([self.stage.slots.arrays(row.slot) for row in step.rows])
+            mx.eval([self.stage.slots.states(row.slot) for row in step.rows])
         waited_s = self.transport.waited_s - waited_s
         self.busy_s += time.perf_counter() - start - waited_s
 
@@ -97,7 +99,8 @@ class Rank:
                 self._record([*layers, output] if self.stage.is_last else layers)
             else:
                 output = self.stage.forward(row.slot, tokens_1L, hidden_1LD)
-            self._samplers[row.slot].observe(row.tokens)
+            if self.stage.is_last:
+                self._samplers[row.slot].observe(row.tokens)
             outputs.append(output)
         return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import jinja2
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 
 from mlx_dist.errors import ModelError, RequestError
@@ -23,8 +24,9 @@ class Tokenizer:
             self._max_id = max(self._tokenizer.get_vocab().values(), default=-1)
         # The tokenizers library raises plain Exception for a damaged file.
         except Exception as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ModelError(
-                f"the tokenizer in {folder} does not load: {str(error).splitlines()[0]}; "
+                f"the tokenizer in {folder} does not load: {reason}; "
                 "copy tokenizer.json and tokenizer_config.json again"
             ) from error
         text_config = config.get("text_config") or config
@@ -59,9 +61,14 @@ class Tokenizer:
             raise RequestError("the prompt is not UTF-8 text; convert it first")
         if chat is not False and has_template:
             messages = [{"role": "user", "content": prompt}]
-            tokens = self._tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_dict=False
-            )
+            try:
+                tokens = self._tokenizer.apply_chat_template(
+                    messages, add_generation_prompt=True, return_dict=False
+                )
+            except jinja2.TemplateError as error:
+                raise RequestError(
+                    f"the model's chat template refuses the prompt: {error}; use --raw"
+                ) from None
         else:
             tokens = self._tokenizer.encode(prompt)
         if not tokens:

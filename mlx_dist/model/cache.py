@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
@@ -47,8 +46,8 @@ class SlotCaches:
             raise ProtocolError(f"slot {slot} is used and is not open")
         return self._slots[slot]
 
-    def arrays(self, slot: int) -> list[mx.array]:
-        """The arrays of `slot` that this stage must keep computed."""
+    def states(self, slot: int) -> list[Any]:
+        """What the caches of `slot` hold here: nested lists of arrays, for `mx.eval`."""
         caches = self._slots[slot]
         return [caches[i].state for i in sorted(self._own) if not caches[i].empty()]
 

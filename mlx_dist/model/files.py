@@ -94,10 +94,14 @@ def find_model(name: str, *, require_proven: bool = True) -> ModelFiles:
     Fetches only small files and headers. Raises ModelError, or FamilyError before anything of
     an unproven family is fetched but its config. The proof itself asks for unproven ones, too.
     """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    try:
+        folder = Path(name).expanduser()
+        is_folder, exists = folder.is_dir(), folder.exists()
+    except (OSError, RuntimeError) as error:
+        raise ModelError(f"--model {name} cannot be looked at: {error}") from None
+    if is_folder:
         return _find_local(name, folder, require_proven)
-    if folder.exists():
+    if exists:
         raise ModelError(f"--model {name} is a file; name the folder that holds it")
     if not _HUB_ID.fullmatch(name):
         raise ModelError(f"--model {name} is neither a folder here nor a hub id (owner/name)")
@@ -194,6 +198,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{folder / 'config.json'} is not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise ModelError(f"{folder / 'config.json'} is not a JSON object")
+    for key, kind in (("architectures", list), ("text_config", dict)):
+        if not isinstance(config.get(key), kind | None):
+            raise ModelError(f"{folder / 'config.json'} has no {kind.__name__} for {key!r}")
     if "model_file" in config:
         raise ModelError(
             f"{folder / 'config.json'} asks to run {config['model_file']!r}, code that came with "

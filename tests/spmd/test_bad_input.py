@@ -75,6 +75,25 @@ def test_a_prompt_that_is_no_text():
     assert "is not UTF-8 text" in _refused("--prompt", b"\xff\xfe".decode(errors="surrogateescape"))
 
 
+def test_a_chat_template_that_refuses(model):
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    config["chat_template"] = "{{ raise_exception('only on Sundays') }}"
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    line = _refused("--model", model)
+    assert "only on Sundays; use --raw" in line
+
+
+@pytest.mark.parametrize("changes", [{"architectures": 5}, {"text_config": "x"}])
+def test_a_config_of_the_wrong_shape(model, changes):
+    _change_config(model, **changes)
+    assert "config.json" in _refused("--model", model)
+
+
+@pytest.mark.parametrize("name", ["~nosuchuser/x", "a" * 300])
+def test_a_model_that_cannot_be_looked_at(name):
+    assert "--model" in _refused("--model", name)
+
+
 def test_an_unknown_family(model):
     _change_config(model, model_type="nonesuch")
     assert "'nonesuch' is not proven" in _refused("--model", model)
@@ -106,6 +125,9 @@ def test_a_cut_that_does_not_add_up(layers, words):
     [
         (("--temperature", "nan"), "--temperature is nan"),
         (("--top-p", "1.5"), "--top-p is 1.5"),
+        (("--top-p", "0"), "--top-p is 0"),
+        (("--temperature", "1e-40"), "--temperature is 1e-40"),
+        (("--logit-bias", "5:nan"), "--logit-bias 5:nan"),
         (("--max-tokens", "0"), "--max-tokens is 0"),
         (("--logit-bias", "x:y"), "--logit-bias 'x:y'"),
         (("--logit-bias", "999999:1"), "names token 999999"),

@@ -85,6 +85,15 @@ def test_stop_strings_end_the_text(greedy):
     assert answer["finish_reason"] == "stop"
 
 
+def test_a_stop_string_at_the_last_token_is_a_stop(greedy):
+    answer = _answer("--stop", greedy["text"][5], "--max-tokens", "3")
+    assert answer["finish_reason"] == "stop"
+
+
+def test_a_colon_is_a_stop_string_like_any_other(greedy):
+    assert _answer("--stop", ":", ranks=2)["text"] == greedy["text"]
+
+
 def test_max_tokens_is_the_limit():
     answer = _answer("--max-tokens", "3", ranks=2)
     assert answer["completion_tokens"] == 3

@@ -76,3 +76,14 @@ def test_an_error_that_all_ranks_see_is_said_once():
     done = run(mpirun_command(3, None, python))
     assert done.code == 1
     assert len(done.error_lines) == 1
+
+
+def test_an_address_of_another_host_is_named(monkeypatch):
+    monkeypatch.setenv("MLX_DIST_ADDRESS", "192.0.2.1")
+    command = mpirun_command(2, None, ["-m", "mlx_dist", *ARGUMENTS, "--fabric", "ring"])
+    # Each host has its own, so mpirun carries it to no other.
+    assert "MLX_DIST_ADDRESS" not in command
+    done = run(command)
+    assert done.code == 1
+    assert "192.0.2.1 is no address of" in done.error_lines[0]
+    assert "Traceback" not in done.err

@@ -1,6 +1,7 @@
 """`mlx-dist verify` finds the placement equal to one process, and finds what is not."""
 
 import json
+import math
 import shutil
 import struct
 
@@ -9,6 +10,7 @@ import pytest
 
 from benchmarks.tiny_models import Variant, write_tiny_model
 from mlx_dist.demo import MODEL_DIR
+from mlx_dist.verify import _compare
 from tests.launching import mlx_dist, program
 
 
@@ -39,6 +41,29 @@ def test_families_are_equal_over_three_ranks(tmp_path, family, variant):
     for prompt in prompts:
         assert prompt["is_equal"]
         assert (prompt["logits"], prompt["layers"], prompt["first_token"]) == (0, {}, None)
+
+
+def test_a_leader_without_room_for_the_whole_model_ends_all():
+    done = program("no_whole_model", num_ranks=2, timeout_s=30)
+    assert done.code == 1
+    [line] = done.error_lines
+    assert "one process cannot load the whole model: no room" in line
+
+
+def test_a_prompt_may_look_like_markup():
+    done = mlx_dist("verify", "--prompt", "[/b] [bold]", "--prompt", "Hello", num_ranks=2)
+    assert (done.code, done.out) == (0, "equal\n"), done.err
+    assert "[/b]" in done.err
+
+
+def test_not_a_number_is_a_difference():
+    fine, broken = np.zeros(3, np.float32), np.array([0, np.nan, 0], np.float32)
+    for wrong in (broken, -np.array([np.inf, 0, 0], np.float32)):
+        comparison = _compare(
+            "", [1, 2, 3], [1, 2, 3], [[fine, fine], [wrong, fine]], [[fine, fine], [fine, fine]]
+        )
+        assert not comparison.is_equal
+        assert comparison.layers == {0: math.inf}
 
 
 def test_a_changed_weight_is_found_in_its_layer(tmp_path):

@@ -43,7 +43,7 @@ def test_an_impossible_count_is_refused(count):
 
 
 def test_a_missing_hostfile_is_named(tmp_path):
-    with pytest.raises(ConfigError, match=r"nowhere\.txt does not exist"):
+    with pytest.raises(ConfigError, match=r"nowhere\.txt is no file"):
         launch.mpirun_command(2, tmp_path / "nowhere.txt", [])
 
 
