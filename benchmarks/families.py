@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import os
 import sys
 import tempfile
@@ -30,7 +31,6 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
 from benchmarks.tiny_models import (
-    NUM_LAYERS,
     VOCAB_SIZE,
     Variant,
     families,
@@ -72,18 +72,10 @@ class Proof:
     reason: str | None = None
 
 
-def all_cuts(num_layers: int) -> list[Cut]:
-    """Every cut in two, some in three, and the cut into single layers."""
-    n = num_layers
-    two = [(i, n) for i in range(1, n)]
-    three = [(1, 2, n), (2, n - 3, n), (n // 2, n // 2 + 1, n), (n - 2, n - 1, n)]
-    return [*two, *three, tuple(range(1, n + 1))]
-
-
 def some_cuts(num_layers: int) -> list[Cut]:
-    """Some of `all_cuts`: for the same family kept in another precision."""
-    cuts = all_cuts(num_layers)
-    return [*cuts[:-1:3], cuts[-1]]
+    """Two cuts in two, two in three, and the cut into single layers."""
+    n = num_layers
+    return [(1, n), (n - 3, n), (2, n - 3, n), (n // 2, n // 2 + 1, n), tuple(range(1, n + 1))]
 
 
 class Rig:
@@ -149,6 +141,36 @@ class Rig:
         if step != len(self.steps_BL) - 1:
             raise ProofError("not every step was run")
         self._check_bytes(cut)
+
+    def check_every_cut(self) -> int:
+        """Raise ProofError unless every cut gives the very logits; answer how many there are.
+
+        Single layers first; then every stage [start, end) must put out, from what reaches it,
+        what reaches the next. A cut is a row of such stages, so all of them give the same logits.
+        """
+        n = self.num_layers
+        self.check(tuple(range(1, n + 1)))
+        reaching: list[list[Any]] = [[None] * len(self.steps_BL)]
+        for i in range(n):
+            reaching.append(self._outputs(self.stage(i, i + 1), reaching[i]))
+        for start, end in itertools.combinations(range(n + 1), 2):
+            outputs = self._outputs(self.stage(start, end), reaching[start])
+            if not all(map(mx.array_equal, outputs, reaching[end])):
+                raise ProofError(f"layers {start} to {end - 1} differ from those in one piece")
+        for i in range(1, n):
+            self._check_bytes((i, n))
+        return 1 << (n - 1)
+
+    def _outputs(self, stage: Stage, inputs: Sequence[mx.array | None]) -> list[mx.array]:
+        """What `stage` puts out at each step, given what reaches it."""
+        self._slot += 1
+        stage.slots.open(self._slot)
+        outputs = []
+        for tokens_BL, hidden_BLD in zip(self.steps_BL, inputs, strict=True):
+            outputs.append(stage.forward(self._slot, tokens_BL, hidden_BLD))
+            mx.eval(outputs[-1], stage.slots.states(self._slot))
+        stage.slots.close(self._slot)
+        return outputs
 
     def _check_bytes(self, cut: Cut) -> None:
         """Every parameter is owned: a layer's by one stage, the others' by those that use them."""
@@ -222,9 +244,13 @@ def prove(family: str) -> Proof:
                 _write(family, variant, Path(folder))
                 rig = Rig(Path(folder))
                 is_precise = variant.dtype == "float32" and variant.quantize_bits is None
-                cuts = (all_cuts if is_precise else some_cuts)(rig.num_layers)
-                for cut in cuts:
-                    rig.check(cut)
+                if is_precise:
+                    num_cuts = rig.check_every_cut()
+                else:
+                    cuts = some_cuts(rig.num_layers)
+                    num_cuts = len(cuts)
+                    for cut in cuts:
+                        rig.check(cut)
                 rig.check_sensitive()
         except UnsupportedError as error:
             if variant.name == "plain":
@@ -237,7 +263,7 @@ def prove(family: str) -> Proof:
             family,
             rig.num_layers,
             (*proof.variants, variant.name),
-            proof.num_cuts + len(cuts),
+            proof.num_cuts + num_cuts,
             tuple(sorted(kinds)),
         )
     return proof
@@ -312,14 +338,15 @@ def _entry(family: str, reason: str) -> list[str]:
 
 
 def _page(proven: list[Proof], refused: list[Proof]) -> str:
-    num_cuts, num_proven, num_refused = len(all_cuts(NUM_LAYERS)), len(proven), len(refused)
+    num_proven, num_refused = len(proven), len(refused)
     versions = f"mlx {version('mlx')} and mlx-lm {version('mlx-lm')}"
     head = f"""# Model families
 
 mlx_dist runs a model split over machines only if its family is **proven**. Tiny random models of
-each family of mlx-lm are cut in {num_cuts} places (every cut in two, some in three, and one layer a
-stage), and every cut must give the very logits of mlx-lm in one piece, to the last bit. The head
-is tied to the embedding and not; bfloat16 and 4-bit weights are tried at some of the cuts. Prompt
+each family of mlx-lm are cut up, and every cut must give the very logits of mlx-lm in one piece, to
+the last bit. In float32 that is shown for all cuts: single layers first, one a stage, then every
+run of layers, which must put out from what reaches it what reaches the next. The head is tied to
+the embedding and not; bfloat16 and quantized weights are tried at some cuts. Prompt
 chunks outgrow the sliding window, and single tokens follow them. Each stage has a model of its
 own, in which all that it does not own is overwritten with NaN; and a missing layer or two swapped
 ones must show in the logits. Any other family is refused by name before its weights are fetched.
