@@ -1,6 +1,6 @@
 """Greedy and sampled tokens of a model at every cut of its layers over this job's ranks, as JSON.
 
-every_cut.py FABRIC MODEL NUM_CUTS: at most NUM_CUTS cuts, spread evenly; 0 for all.
+every_cut.py FABRIC MODEL
 """
 
 import itertools
@@ -35,9 +35,7 @@ with join(Fabric(sys.argv[1])) as world:
     files = find_model(sys.argv[2])
     tokenizer = Tokenizer(files.folder, files.config)
     results = {}
-    all_cuts = list(cuts(files.config["num_hidden_layers"], world.size))
-    most = int(sys.argv[3]) or len(all_cuts)
-    for stages in all_cuts[:: max(1, len(all_cuts) // most)]:
+    for stages in cuts(files.config["num_hidden_layers"], world.size):
         start, end = stages[world.rank]
         loaded = load_stage(
             files, lambda _n, s=start, e=end: (s, e), Dtype.auto, lambda _done, _total: None
