@@ -25,7 +25,7 @@ class Message(Struct, frozen=True, tag=True, array_like=True, forbid_unknown_fie
     """Base of all messages: an immutable struct whose first element is its type's name."""
 
 
-class Sampling(Struct, frozen=True, array_like=True):
+class Sampling(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """How the last stage turns the logits of one sequence into tokens.
 
     `temperature` 0 is greedy. `top_p` 1, `top_k` 0, `min_p` 0 and penalties of 0 (repetition: 1)
@@ -51,7 +51,7 @@ class Open(Message, frozen=True):
     sampling: Sampling
 
 
-class Row(Struct, frozen=True, array_like=True):
+class Row(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """One sequence's share of a step: `tokens` that follow the `position` tokens already cached."""
 
     slot: int

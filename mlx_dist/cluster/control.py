@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 from mlx_dist.errors import ProtocolError
 from mlx_dist.messages import AnyMessage, Message, decode, encode
 
 ABORT_CODE = 86
+# How long the ranks wait for each other at the start.
+MEETING_S = 30.0
 
 
 class Wire(Protocol):
@@ -113,3 +117,28 @@ class Waiter:
             else:
                 is_idle = waited_s > self.IDLE_AFTER_S
                 time.sleep(self.IDLE_SLEEP_S if is_idle else self.BUSY_SLEEP_S)
+
+
+@contextmanager
+def deadline(deadline_s: float | None) -> Iterator[None]:
+    """End the process, saying why, if the block takes longer than `deadline_s`."""
+
+    def give_up() -> None:
+        print(
+            f"mlx-dist: error: not every rank answered within {deadline_s:.0f} s; "
+            "see that all of them run and reach each other",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(ABORT_CODE)
+
+    if deadline_s is None:
+        yield
+        return
+    timer = threading.Timer(deadline_s, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

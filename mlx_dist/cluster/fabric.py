@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import struct
-import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_dist.cluster.control import ABORT_CODE
+from mlx_dist.cluster.control import deadline
 
 
 class FabricWire:
@@ -52,7 +47,7 @@ class FabricWire:
         return frame[self._LENGTH.size : self._LENGTH.size + length]
 
     def all_gather(self, frame: bytes, deadline_s: float | None) -> list[bytes]:
-        with _deadline(deadline_s):
+        with deadline(deadline_s):
             blocks = self._blocks(frame)
             num_blocks = self._most(len(blocks))
             block_of = mx.zeros((num_blocks * self.BLOCK_BYTES,), mx.uint8)
@@ -89,28 +84,3 @@ class FabricWire:
 
 def _array(data: bytes) -> mx.array:
     return mx.array(np.frombuffer(data, np.uint8))
-
-
-@contextmanager
-def _deadline(deadline_s: float | None) -> Iterator[None]:
-    """End the process, saying why, if the block takes longer than `deadline_s`."""
-
-    def give_up() -> None:
-        print(
-            f"mlx-dist: error: not every rank answered within {deadline_s:.0f} s; "
-            "see that all of them run and reach each other",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(ABORT_CODE)
-
-    if deadline_s is None:
-        yield
-        return
-    timer = threading.Timer(deadline_s, give_up)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()

