@@ -19,7 +19,7 @@ MAX_RANKS = 64
 # mpirun gives ranks on other hosts only the variables it is told to.
 _FORWARDED = ("MLX_", "HF_", "OPENBLAS_", "OMP_", "BLIS_", "MKL_")
 # What these name is true on this host only.
-_LOCAL = {
+LOCAL_VARIABLES = {
     "MLX_DIST_ADDRESS",
     "MLX_HOSTFILE",
     "MLX_IBV_DEVICES",
@@ -97,7 +97,7 @@ def mpirun_command(num_ranks: int, hostfile: Path | None, python: list[str]) -> 
     if os.geteuid() == 0:
         command.append("--allow-run-as-root")
     for name in sorted(os.environ):
-        if name.startswith(_FORWARDED) and name not in _LOCAL:
+        if name.startswith(_FORWARDED) and name not in LOCAL_VARIABLES:
             command += ["-x", name]
     # By absolute path: a bare name is looked up on the other host with another PATH.
     return [*command, str(Path(sys.executable).absolute()), *_without_colons(python)]

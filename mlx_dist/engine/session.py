@@ -19,6 +19,7 @@ import mlx.core as mx
 
 import mlx_dist
 from mlx_dist.cluster import placement
+from mlx_dist.cluster.launch import LOCAL_VARIABLES
 from mlx_dist.cluster.world import World, join
 from mlx_dist.config import RunConfig
 from mlx_dist.engine.program import Rank
@@ -30,15 +31,7 @@ from mlx_dist.model.stage import Stage
 from mlx_dist.model.weights import load_stage
 
 # What these name is a rank's own; any other MLX_ variable must be equal everywhere.
-_OWN_VARIABLES = {
-    "MLX_RANK",
-    "MLX_HOSTFILE",
-    "MLX_MPI_LIBNAME",
-    "MLX_IBV_DEVICES",
-    "MLX_DIST_ADDRESS",
-    "MLX_DIST_TERMINAL_WIDTH",
-    "MLX_DIST_TRACE",
-}
+_OWN_VARIABLES = LOCAL_VARIABLES | {"MLX_DIST_TERMINAL_WIDTH", "MLX_DIST_TRACE"}
 
 
 Progress = Callable[[int, int], None]
