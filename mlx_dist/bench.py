@@ -10,8 +10,9 @@ import numpy as np
 
 from mlx_dist import display
 from mlx_dist.config import RunConfig
+from mlx_dist.engine.batching import Batching
 from mlx_dist.engine.program import Leader
-from mlx_dist.engine.scheduler import Request
+from mlx_dist.engine.sequence import Request
 from mlx_dist.engine.session import open_session
 from mlx_dist.errors import RequestError
 from mlx_dist.messages import Sampling
@@ -42,10 +43,11 @@ def run_bench(
                 _check_context(session.tokenizer.context_tokens, prompt_tokens, generation_tokens)
         with display.progress_bar("loading", world.is_leader, in_bytes=True) as progress:
             rank = session.load(progress)
+        loaded = session.reports(rank)
         trials: list[Trial] = []
         start = time.perf_counter()
         if world.is_leader:
-            leader = Leader(rank, config.prefill_chunk)
+            leader = session.leader(rank, loaded, Batching(prefill_chunk=config.prefill_chunk))
             random = np.random.default_rng(0)
             for _ in range(num_trials + 1):
                 prompt = random.integers(0, rank.stage.vocab_size, prompt_tokens).tolist()
@@ -82,7 +84,7 @@ def run_bench(
 
 def _measure(leader: Leader, request: Request) -> Trial:
     times = [time.perf_counter()]
-    times += [time.perf_counter() for _ in leader.stream(request)]
+    times += [time.perf_counter() for e in leader.stream(request) if e.token is not None]
     ttft_s = times[1] - times[0]
     generation_s = times[-1] - times[1]
     return Trial(ttft_s, len(request.prompt) / ttft_s, (request.max_tokens - 1) / generation_s)

@@ -20,6 +20,8 @@ from mlx_dist.config import Dtype, Fabric, RunConfig, parse_layers
 from mlx_dist.demo import MODEL_DIR
 from mlx_dist.errors import ConfigError, RequestError
 from mlx_dist.messages import Sampling
+from mlx_dist.params import Params
+from mlx_dist.serve.settings import HttpConfig
 
 app = typer.Typer(
     help="One language model on 2 to 8 machines: an MPI program for Apple's MLX.",
@@ -38,9 +40,14 @@ FabricOption = Annotated[Fabric, typer.Option("--fabric", help="What moves array
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Convert the weights to this.")]
 PrefillChunk = Annotated[int, typer.Option(help="Most prompt tokens in one step.")]
 JacclDevices = Annotated[Path | None, typer.Option(help="Device matrix for --fabric jaccl.")]
+KvMemory = Annotated[float | None, typer.Option(help="Memory for sequences on each rank, in GB.")]
+Batching = Annotated[
+    str, typer.Option(help="auto, or fixed:MICROBATCHES,SEQUENCES,CHUNK as in fixed:2,16,256.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 _DEMO = str(MODEL_DIR)
+_HTTP = HttpConfig()
 # Ranks get it as an argument, and Linux takes no argument of 128 KiB.
 _MOST_STDIN_BYTES = 120_000
 
@@ -92,19 +99,19 @@ def generate(
         presence_penalty=presence_penalty,
         frequency_penalty=frequency_penalty,
         logit_bias=_parse_logit_bias(logit_bias or []),
-        seed=secrets.randbits(63) if seed is None else seed,
+        seed=_seed(seed),
     )
-    _check_request(sampling, max_tokens, stop or [])
+    params = Params(max_tokens, sampling, tuple(stop or ()))
+    params.check(_flag)
     if prompt == "-":
         prompt = _read_stdin()
         # For the ranks: of an option that is given twice, the last counts.
         sys.argv += ["--prompt", prompt]
     blas = _become_ranks(num_ranks, hostfile)
 
-    from mlx_dist.generate import Wanted, run_generate
+    from mlx_dist.generate import run_generate
 
-    wanted = Wanted(prompt, chat, max_tokens, sampling, tuple(stop or ()))
-    run_generate(config, blas, wanted, as_json)
+    run_generate(config, blas, prompt, chat, params, as_json)
 
 
 @app.command()
@@ -125,7 +132,7 @@ def verify(
 ) -> None:
     """Compare the placement with one process, layer by layer. Exit code 1 if they differ."""
     config = RunConfig(model, parse_layers(layers), fabric, dtype, prefill_chunk, jaccl_devices)
-    _check_request(Sampling(), max_tokens, [])
+    Params(max_tokens).check(_flag)
     blas = _become_ranks(num_ranks, hostfile)
 
     from mlx_dist.verify import run_verify
@@ -160,6 +167,148 @@ def bench(
     from mlx_dist.bench import run_bench
 
     run_bench(config, blas, prompt_tokens, generation_tokens, num_trials, as_json)
+
+
+@app.command()
+def serve(
+    model: Model = _DEMO,
+    num_ranks: NumRanks = None,
+    hostfile: Hostfile = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = _HTTP.host,
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 is any free one.")] = _HTTP.port,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="MLX_DIST_API_KEY", help="Key that requests must carry.", show_envvar=True
+        ),
+    ] = None,
+    api_key_file: Annotated[Path | None, typer.Option(help="File that holds the key.")] = None,
+    allowed_host: Annotated[
+        list[str] | None, typer.Option(help="Name that a Host header may have; may repeat.")
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(help="Origin whose pages may call; may repeat.")
+    ] = None,
+    batching: Batching = "auto",
+    max_queue: Annotated[int, typer.Option(help="Most requests that wait.")] = 1024,
+    kv_memory_gb: KvMemory = None,
+    reuse_prefixes: Annotated[
+        bool,
+        typer.Option(
+            "--reuse-prefixes/--no-reuse-prefixes", help="Keep caches for prompts that begin alike."
+        ),
+    ] = True,
+    max_body_bytes: Annotated[int, typer.Option(help="Largest body.")] = _HTTP.max_body_bytes,
+    max_header_bytes: Annotated[
+        int, typer.Option(help="Largest headers.")
+    ] = _HTTP.max_header_bytes,
+    max_connections: Annotated[int, typer.Option(help="Most connections.")] = _HTTP.max_connections,
+    max_json_depth: Annotated[int, typer.Option(help="Deepest body.")] = _HTTP.max_json_depth,
+    max_prompt_tokens: Annotated[int | None, typer.Option(help="Longest prompt.")] = None,
+    max_choices: Annotated[
+        int, typer.Option(help="Most answers to a request.")
+    ] = _HTTP.max_choices,
+    max_stops: Annotated[int, typer.Option(help="Most stop strings.")] = _HTTP.max_stops,
+    max_logprobs: Annotated[int, typer.Option(help="Most logprobs.")] = _HTTP.max_logprobs,
+    max_tools: Annotated[int, typer.Option(help="Most tools.")] = _HTTP.max_tools,
+    request_timeout_s: Annotated[
+        float, typer.Option(help="Longest time for an answer.")
+    ] = _HTTP.request_timeout_s,
+    body_timeout_s: Annotated[
+        float, typer.Option(help="Longest time for a request to arrive.")
+    ] = _HTTP.body_timeout_s,
+    keep_alive_s: Annotated[
+        float, typer.Option(help="A silent stream gets a comment this often.")
+    ] = _HTTP.keep_alive_s,
+    ready_age_s: Annotated[
+        float, typer.Option(help="Not ready when no step has ended for this long.")
+    ] = _HTTP.ready_age_s,
+    stop_timeout_s: Annotated[
+        float, typer.Option(help="Longest wait for streams at the end.")
+    ] = _HTTP.stop_timeout_s,
+    access_log: Annotated[bool, typer.Option("--access-log", help="Log requests.")] = False,
+    layers: Layers = None,
+    fabric: FabricOption = Fabric.auto,
+    dtype: DtypeOption = Dtype.auto,
+    jaccl_devices: JacclDevices = None,
+) -> None:
+    """Serve the model over HTTP, as OpenAI does."""
+    config = RunConfig(
+        model,
+        parse_layers(layers),
+        fabric,
+        dtype,
+        jaccl_devices=jaccl_devices,
+        kv_memory_gb=kv_memory_gb,
+        batching=batching,
+        max_queue=max_queue,
+        reuse_prefixes=reuse_prefixes,
+    )
+    http = HttpConfig(
+        host=host,
+        port=port,
+        api_key=_read_key(api_key, api_key_file),
+        allowed_hosts=tuple(allowed_host or ()),
+        cors_origins=tuple(cors_origin or ()),
+        max_body_bytes=max_body_bytes,
+        max_header_bytes=max_header_bytes,
+        max_connections=max_connections,
+        max_json_depth=max_json_depth,
+        max_prompt_tokens=max_prompt_tokens,
+        max_choices=max_choices,
+        max_stops=max_stops,
+        max_logprobs=max_logprobs,
+        max_tools=max_tools,
+        request_timeout_s=request_timeout_s,
+        body_timeout_s=body_timeout_s,
+        keep_alive_s=keep_alive_s,
+        ready_age_s=ready_age_s,
+        stop_timeout_s=stop_timeout_s,
+        access_log=access_log,
+    )
+    blas = _become_ranks(num_ranks, hostfile)
+
+    from mlx_dist.server import run_server
+
+    run_server(config, http, blas)
+
+
+@app.command()
+def chat(
+    model: Model = _DEMO,
+    num_ranks: NumRanks = None,
+    hostfile: Hostfile = None,
+    system: Annotated[str | None, typer.Option(help="What the assistant is told first.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 1024,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from this share of probability.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same tokens.")] = None,
+    kv_memory_gb: KvMemory = None,
+    layers: Layers = None,
+    fabric: FabricOption = Fabric.auto,
+    dtype: DtypeOption = Dtype.auto,
+    prefill_chunk: PrefillChunk = 512,
+    jaccl_devices: JacclDevices = None,
+) -> None:
+    """Talk to the model in the terminal."""
+    config = RunConfig(
+        model,
+        parse_layers(layers),
+        fabric,
+        dtype,
+        prefill_chunk,
+        jaccl_devices,
+        kv_memory_gb,
+        batching=f"fixed:1,1,{prefill_chunk}",
+    )
+    sampling = Sampling(temperature=temperature, top_p=top_p, seed=_seed(seed))
+    params = Params(max_tokens, sampling)
+    params.check(_flag)
+    blas = _become_ranks(num_ranks, hostfile)
+
+    from mlx_dist.chat import run_chat
+
+    run_chat(config, blas, system, params)
 
 
 def _print_version(wanted: bool) -> None:
@@ -224,28 +373,21 @@ def _parse_logit_bias(pairs: list[str]) -> dict[int, float]:
     return bias
 
 
-def _check_request(sampling: Sampling, max_tokens: int, stop: list[str]) -> None:
-    """Raise RequestError for a value that no sampler takes."""
-    limits = {
-        "temperature": (0.01, 100),
-        "top_p": (1e-6, 1),
-        "top_k": (0, 1 << 31),
-        "min_p": (0, 1),
-        "repetition_penalty": (0.01, 100),
-        "presence_penalty": (-100, 100),
-        "frequency_penalty": (-100, 100),
-        "seed": (0, (1 << 64) - 1),
-    }
-    for name, (least, most) in limits.items():
-        value = getattr(sampling, name)
-        # Written so that NaN is refused too.
-        if not least <= value <= most and (name, value) != ("temperature", 0):
-            flag = "--" + name.replace("_", "-")
-            raise RequestError(f"{flag} is {value}; use a value from {least} to {most}")
-    for token, bias in sampling.logit_bias.items():
-        if not -100 <= bias <= 100:
-            raise RequestError(f"--logit-bias {token}:{bias} is not between -100 and 100")
-    if max_tokens < 1:
-        raise RequestError(f"--max-tokens is {max_tokens}; use 1 or more")
-    if any(not text for text in stop):
-        raise RequestError("--stop is empty; leave it out to stop at the end of the answer")
+def _seed(seed: int | None) -> int:
+    return secrets.randbits(63) if seed is None else seed
+
+
+def _read_key(key: str | None, file: Path | None) -> str | None:
+    """The API key that is given one way or the other, or None. Raises ConfigError."""
+    if file is None:
+        return key
+    if key is not None:
+        raise ConfigError("--api-key and --api-key-file are both given; use one")
+    try:
+        return file.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--api-key-file {file} cannot be read: {error}") from None
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -32,7 +32,10 @@ class RunConfig:
     """What a run of the program is given, the same on every rank.
 
     `layers` holds the number of layers of each rank, or None for an even split. `prefill_chunk`
-    is the largest number of prompt tokens in one step.
+    is the largest number of prompt tokens in one step. `kv_memory_gb` is what sequences may fill
+    on each rank, or None for a share of what is free. `batching` is "auto" or
+    "fixed:MICROBATCHES,SEQUENCES,CHUNK". At most `max_queue` requests wait. With `reuse_prefixes`
+    caches are kept for prompts that begin like earlier ones.
     """
 
     model: str
@@ -41,12 +44,20 @@ class RunConfig:
     dtype: Dtype = Dtype.auto
     prefill_chunk: int = 512
     jaccl_devices: Path | None = None
+    kv_memory_gb: float | None = None
+    batching: str = "auto"
+    max_queue: int = 1024
+    reuse_prefixes: bool = True
 
     def __post_init__(self) -> None:
         if not self.model:
             raise ConfigError("--model is empty; name a folder or a hub id")
         if self.prefill_chunk < 1:
             raise ConfigError(f"--prefill-chunk is {self.prefill_chunk}; use 1 or more")
+        if self.max_queue < 1:
+            raise ConfigError(f"--max-queue is {self.max_queue}; use 1 or more")
+        if self.kv_memory_gb is not None and not 0 < self.kv_memory_gb < 1e6:
+            raise ConfigError(f"--kv-memory-gb is {self.kv_memory_gb}; use gigabytes above 0")
         if self.fabric is Fabric.jaccl and self.jaccl_devices is None:
             raise ConfigError(
                 "--fabric jaccl needs --jaccl-devices FILE, the JSON matrix of RDMA devices "

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import msgspec
+from msgspec.structs import asdict
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn
@@ -72,7 +74,8 @@ def rank_objects(
     reports: list[Report], fields: tuple[str, ...] = Report.__struct_fields__
 ) -> list[dict[str, Any]]:
     """These fields of the reports as JSON objects."""
-    return [{field: getattr(report, field) for field in fields} for report in reports]
+    built: list[dict[str, Any]] = [msgspec.to_builtins(asdict(report)) for report in reports]
+    return [{field: report[field] for field in fields} for report in built]
 
 
 def write_text(text: str) -> None:

@@ -9,6 +9,9 @@ MlxDistError
 │   └── FamilyError     a model family that is not proven to run split
 ├── PlacementError      the layers cannot be placed on the ranks as asked
 ├── RequestError        a prompt or a sampling value that cannot be served
+│   └── PromptTooLongError  more tokens than the model or the memory takes
+├── QueueFullError      a request that cannot be taken just now
+├── NotReadyError       a server that takes no requests, for it ends or is not up
 └── ProtocolError       a message between ranks is not the one that was due
 """
 
@@ -49,6 +52,22 @@ class PlacementError(MlxDistError):
 
 class RequestError(MlxDistError):
     """A prompt or a sampling value that cannot be served."""
+
+
+class PromptTooLongError(RequestError):
+    """A prompt, with its answer, of more tokens than the model or the memory takes."""
+
+
+class QueueFullError(MlxDistError):
+    """A request that cannot be taken just now; try again after `retry_after_s`."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class NotReadyError(MlxDistError):
+    """A server that takes no requests, for it ends or is not up."""
 
 
 class ProtocolError(MlxDistError):

@@ -16,7 +16,7 @@ from msgspec import Struct
 from mlx_dist.errors import ProtocolError
 
 MAGIC = b"MXDW"
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 _HEADER = struct.Struct("<4sIIII")
 HEADER_BYTES = _HEADER.size
 
@@ -30,7 +30,9 @@ class Sampling(Struct, frozen=True, array_like=True, forbid_unknown_fields=True)
 
     `temperature` 0 is greedy. `top_p` 1, `top_k` 0, `min_p` 0 and penalties of 0 (repetition: 1)
     are off. `seed` and the position of a token fix that token's random number, so that neither
-    the cut of the model nor the other sequences of a microbatch can change it.
+    the cut of the model nor the other sequences of a microbatch can change it. `grammar`, in
+    llguidance's form, restricts the text. `num_logprobs` asks for the logarithm of the sampled
+    token's probability and of that many of the likeliest.
     """
 
     temperature: float = 0.0
@@ -42,13 +44,29 @@ class Sampling(Struct, frozen=True, array_like=True, forbid_unknown_fields=True)
     frequency_penalty: float = 0.0
     logit_bias: dict[int, float] = {}
     seed: int = 0
+    grammar: str | None = None
+    num_logprobs: int | None = None
 
 
-class Open(Message, frozen=True):
-    """Plan: give `slot` empty caches and, on the last stage, this way of sampling."""
+class Opening(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A sequence that begins: its slot, how it is sampled, and what it takes from a kept entry.
+
+    Its caches begin as a copy of the first `num_cached` tokens of `entry`, or empty. `prefix` are
+    the last of these tokens, which the penalties look at.
+    """
 
     slot: int
     sampling: Sampling
+    entry: int | None = None
+    num_cached: int = 0
+    prefix: list[int] = []
+
+
+class Open(Message, frozen=True):
+    """Plan: make the microbatch `microbatch` of these sequences."""
+
+    microbatch: int
+    sequences: list[Opening]
 
 
 class Row(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -60,10 +78,10 @@ class Row(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
 
 
 class Step(Message, frozen=True):
-    """Plan: run these rows, all of one length, through every stage.
+    """Plan: run these rows, all of the microbatch in its order, through every stage.
 
-    With `sample`, the last stage samples one token a row and answers `Tokens`. With `record`,
-    every stage keeps what its layers put out, for `mlx-dist verify`.
+    With `sample`, the last stage samples one token a row. It answers `Tokens` either way. With
+    `record`, every stage keeps what its layers put out, for `mlx-dist verify`.
     """
 
     microbatch: int
@@ -73,40 +91,108 @@ class Step(Message, frozen=True):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(B, L): sequences, tokens of each."""
-        return len(self.rows), len(self.rows[0].tokens)
+        """(B, L): sequences, and tokens of the longest; shorter ones are padded on the right."""
+        return len(self.rows), max(len(row.tokens) for row in self.rows)
+
+
+class Merge(Message, frozen=True):
+    """Plan: the sequences of microbatch `source` follow those of `target` from now on."""
+
+    source: int
+    target: int
 
 
 class Close(Message, frozen=True):
-    """Plan: the sequence in `slot` is over; free its caches."""
+    """Plan: the sequences in these slots are over; free their caches."""
+
+    slots: list[int]
+
+
+class Keep(Message, frozen=True):
+    """Plan: keep a copy of the caches of `slot`, called `entry`, for later sequences."""
 
     slot: int
+    entry: int
+
+
+class Drop(Message, frozen=True):
+    """Plan: free these kept entries."""
+
+    entries: list[int]
+
+
+class Probe(Message, frozen=True):
+    """Plan: every rank gives an account of itself, and the last one answers `Tokens`."""
 
 
 class Shutdown(Message, frozen=True):
     """Plan: no more plans follow."""
 
 
-Plan = Open | Step | Close | Shutdown
+Plan = Open | Step | Merge | Close | Keep | Drop | Probe | Shutdown
+
+
+class Vitals(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One rank's state after its part of a plan: time it computed for it, and what it holds."""
+
+    step_s: float
+    num_slots: int
+    kv_bytes: int
 
 
 class Hidden(Message, frozen=True):
-    """Goes right before the activations of a step, which follow on the fabric."""
+    """Goes right before the activations of a step, which follow on the fabric.
+
+    A probe sends it without activations. `vitals` are those of the ranks so far.
+    """
 
     shape: list[int]
     dtype: str
     checksum: int | None = None
+    vitals: list[Vitals] = []
+
+
+class Logprobs(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """The natural logarithm of a sampled token's probability, and the likeliest tokens with theirs.
+
+    Of the model's own distribution, before temperature, penalties and masks.
+    """
+
+    logprob: float
+    top: list[tuple[int, float]]
 
 
 class Tokens(Message, frozen=True):
-    """From the last stage to the leader: one sampled token for each row of a microbatch."""
+    """From the last stage to the leader, for each step: a sampled token for each row, if any.
+
+    `logprobs` has an entry a row if any row asked for them. `vitals` are of all ranks.
+    """
 
     microbatch: int
     tokens: list[int]
+    logprobs: list[Logprobs | None] = []
+    vitals: list[Vitals] = []
+
+
+class KvCost(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What one sequence costs one rank: some bytes, and for every token those of `growing`.
+
+    A `growing` pair is bytes a token and the number of tokens after which they grow no more.
+    """
+
+    fixed_bytes: int = 0
+    growing: list[tuple[int, int | None]] = []
+
+    def bytes_for(self, num_tokens: int, slack: int = 0) -> int:
+        """Bytes of a sequence of `num_tokens`; a window may hold `slack` tokens more than it is."""
+        return self.fixed_bytes + sum(
+            cost * (num_tokens if window is None else min(num_tokens, window + slack))
+            for cost, window in self.growing
+        )
 
 
 class Report(Message, frozen=True):
-    """What one rank says of itself after a run."""
+    """What one rank says of itself: after loading or after a run."""
 
     rank: int
     host: str
@@ -114,6 +200,8 @@ class Report(Message, frozen=True):
     weights_bytes: int
     peak_rss_bytes: int
     load_s: float
+    kv_cost: KvCost = KvCost()
+    kv_budget_bytes: int = 0
     busy_s: float = 0.0
     sent_bytes: int = 0
 

@@ -19,8 +19,9 @@ from rich.table import Table
 from mlx_dist import display
 from mlx_dist.cluster.world import alone
 from mlx_dist.config import RunConfig
-from mlx_dist.engine.program import Leader, Rank
-from mlx_dist.engine.scheduler import Request
+from mlx_dist.engine.batching import Batching
+from mlx_dist.engine.program import Rank
+from mlx_dist.engine.sequence import Request
 from mlx_dist.engine.session import Session, open_session
 from mlx_dist.engine.text import Tokenizer
 from mlx_dist.errors import AgreedError, ModelError, RequestError
@@ -110,11 +111,13 @@ def _one_process(session: Session) -> tuple[Session, Rank]:
 def _run(session: Session, rank: Rank, request: Request | None) -> tuple[list[int], list[Arrays]]:
     """The tokens, on the leader, and for each step what all layers put out and the logits."""
     tokens: list[int] = []
+    reports = session.reports(rank)
     if request is None:
         rank.follow()
     else:
-        leader = Leader(rank, session.config.prefill_chunk)
-        tokens = list(leader.stream(request))
+        batching = Batching(prefill_chunk=session.config.prefill_chunk)
+        leader = session.leader(rank, reports, batching)
+        tokens = [e.token for e in leader.stream(request) if e.token is not None]
         leader.shutdown()
     own = Recording([[array.tobytes() for array in step] for step in rank.recordings])
     rank.recordings.clear()

@@ -19,19 +19,21 @@ _THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "BLIS_NUM_THREADS", "MKL_NUM_THREAD
 def preload_blas(num_threads: int) -> str:
     """Open an optimized BLAS if this host has one, and say which BLAS MLX will use.
 
-    Must run before the first import of `mlx.core`. A thread count that the user has set in the
-    environment stays as it is.
+    After the first import of `mlx.core` it is too late to open one. A thread count that the user
+    has set in the environment stays as it is.
     """
     for variable in _THREAD_VARIABLES:
         os.environ.setdefault(variable, str(num_threads))
     if sys.platform == "darwin":
         return "Accelerate"
-    assert "mlx.core" not in sys.modules, "the BLAS must be opened before mlx.core is imported"
+    mode = ctypes.RTLD_GLOBAL
+    if "mlx.core" in sys.modules:
+        mode |= os.RTLD_NOLOAD
     if core_type := _openblas_core_type(Path("/proc/cpuinfo")):
         os.environ.setdefault("OPENBLAS_CORETYPE", core_type)
     for library in _LIBRARIES:
         try:
-            ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
+            ctypes.CDLL(library, mode=mode)
         except OSError:
             continue
         return library

@@ -32,6 +32,11 @@ class Wire(Protocol):
     def receive(self, source: int) -> bytes:
         """The next frame from `source`; waits without burning a core where the carrier can."""
 
+    can_poll: bool
+
+    def poll(self, source: int) -> bytes | None:
+        """The next frame from `source` if it has come. Only with `can_poll`."""
+
     def all_gather(self, frame: bytes, deadline_s: float | None) -> list[bytes]:
         """Every rank's frame, in rank order, on every rank.
 
@@ -43,6 +48,7 @@ class Control:
     """Numbers the frames of each pair of ranks, so that none is lost or taken for another."""
 
     def __init__(self, wire: Wire, rank: int) -> None:
+        self.can_poll = wire.can_poll
         self._wire = wire
         self._rank = rank
         self._sent: defaultdict[int, int] = defaultdict(int)
@@ -58,10 +64,12 @@ class Control:
 
     def receive(self, source: int) -> AnyMessage:
         """The next message from rank `source`. Raises ProtocolError if it is not that."""
-        message = decode(self._wire.receive(source), self._received[source])
-        self._say(f"{self._received[source]} <- r{source}", message)
-        self._received[source] += 1
-        return message
+        return self._decode(self._wire.receive(source), source)
+
+    def poll(self, source: int) -> AnyMessage | None:
+        """The next message from rank `source` if it has come. Only with `can_poll`."""
+        frame = self._wire.poll(source)
+        return None if frame is None else self._decode(frame, source)
 
     def all_gather(self, message: Message, deadline_s: float | None = None) -> list[AnyMessage]:
         """Every rank's message, in rank order, on every rank."""
@@ -71,6 +79,12 @@ class Control:
         self._gathered += 1
         return messages
 
+    def _decode(self, frame: bytes, source: int) -> AnyMessage:
+        message = decode(frame, self._received[source])
+        self._say(f"{self._received[source]} <- r{source}", message)
+        self._received[source] += 1
+        return message
+
     def _say(self, route: str, message: Message) -> None:
         if self._trace:
             print(f"r{self._rank} frame {route} {message}", file=sys.stderr, flush=True)
@@ -78,6 +92,8 @@ class Control:
 
 class LoopbackWire:
     """The control plane of a world of one."""
+
+    can_poll = True
 
     def __init__(self) -> None:
         self._frames: list[bytes] = []
@@ -89,6 +105,9 @@ class LoopbackWire:
         if not self._frames:
             raise ProtocolError("a world of one waits for a message that nobody can send")
         return self._frames.pop(0)
+
+    def poll(self, source: int) -> bytes | None:
+        return self._frames.pop(0) if self._frames else None
 
     def all_gather(self, frame: bytes, deadline_s: float | None) -> list[bytes]:
         return [frame]
@@ -104,7 +123,7 @@ class Waiter:
     SPIN_S = 50e-6
     BUSY_SLEEP_S = 20e-6
     IDLE_AFTER_S = 1.0
-    IDLE_SLEEP_S = 5e-3
+    IDLE_SLEEP_S = 2e-3
 
     def __iter__(self) -> Iterator[float]:
         """Yields the seconds waited so far, before each look."""

@@ -18,6 +18,7 @@ class FabricWire:
     fabric has no way to look whether something has come.
     """
 
+    can_poll = False
     BLOCK_BYTES = 4096
     _LENGTH = struct.Struct("<I")
 
@@ -45,6 +46,9 @@ class FabricWire:
         while len(frame) < self._LENGTH.size + length:
             frame += self._receive_block(source)
         return frame[self._LENGTH.size : self._LENGTH.size + length]
+
+    def poll(self, source: int) -> bytes | None:
+        raise NotImplementedError
 
     def all_gather(self, frame: bytes, deadline_s: float | None) -> list[bytes]:
         with deadline(deadline_s):

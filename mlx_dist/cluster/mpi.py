@@ -71,6 +71,7 @@ def prepare() -> None:
 class MpiWire:
     """The control plane over a duplicate of MPI's COMM_WORLD, which must be up already."""
 
+    can_poll = True
     _FRAME_TAG = 1
     _GATHER_TAG = 2
 
@@ -105,6 +106,9 @@ class MpiWire:
 
     def receive(self, source: int) -> bytes:
         return self._wait_for(source, self._FRAME_TAG)
+
+    def poll(self, source: int) -> bytes | None:
+        return self._take(source, self._FRAME_TAG)
 
     def all_gather(self, frame: bytes, deadline_s: float | None) -> list[bytes]:
         leader = 0

@@ -8,17 +8,36 @@ other rank takes plans as they come. `Rank.execute` is what all of them do with 
 
 from __future__ import annotations
 
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from mlx_dist.engine.scheduler import Request, Scheduler
+from mlx_dist.engine.kv import KvRoom
+from mlx_dist.engine.scheduler import Scheduler
+from mlx_dist.engine.sequence import Event, FinishReason, Request
 from mlx_dist.engine.transport import Transport
-from mlx_dist.messages import Close, Open, Plan, Shutdown, Step, Tokens
-from mlx_dist.model.sampling import SlotSampler
+from mlx_dist.messages import (
+    Close,
+    Drop,
+    Keep,
+    Logprobs,
+    Merge,
+    Open,
+    Plan,
+    Probe,
+    Shutdown,
+    Step,
+    Tokens,
+    Vitals,
+)
+from mlx_dist.model.grammar import Grammars
+from mlx_dist.model.sampling import Samplers
 from mlx_dist.model.stage import Stage
 
 
@@ -26,16 +45,25 @@ class Rank:
     """One rank at work: its stage, its end of the pipe, and on the last one the samplers."""
 
     def __init__(
-        self, stage: Stage, transport: Transport, weights_bytes: int, load_s: float
+        self,
+        stage: Stage,
+        transport: Transport,
+        samplers: Samplers,
+        grammars: Grammars,
+        kv_room: KvRoom,
+        weights_bytes: int,
+        load_s: float,
     ) -> None:
         self.stage = stage
         self.transport = transport
+        self.grammars = grammars
+        self.kv_room = kv_room
         self.weights_bytes = weights_bytes
         self.load_s = load_s
         self.busy_s = 0.0
         # Of each recorded step: what each layer put out and, on the last stage, the logits.
         self.recordings: list[list[NDArray[np.float32]]] = []
-        self._samplers: dict[int, SlotSampler] = {}
+        self._samplers = samplers
 
     def follow(self) -> None:
         """Execute the plans that come, `Shutdown` last: the program of all but the leader."""
@@ -44,18 +72,27 @@ class Rank:
 
     def execute(self, plan: Plan) -> None:
         """Do this rank's part of `plan`."""
+        slots = self.stage.slots
         try:
             match plan:
-                case Open():
-                    self.stage.slots.open(plan.slot)
-                    if self.stage.is_last:
-                        sampler = SlotSampler(plan.sampling, self.stage.vocab_size)
-                        self._samplers[plan.slot] = sampler
                 case Step():
                     self._step(plan)
-                case Close():
-                    self.stage.slots.close(plan.slot)
-                    self._samplers.pop(plan.slot, None)
+                case Open(microbatch, openings):
+                    kept = [None if o.entry is None else (o.entry, o.num_cached) for o in openings]
+                    slots.open(microbatch, [o.slot for o in openings], kept)
+                    if self.stage.is_last:
+                        self._samplers.open(openings)
+                case Merge(source, target):
+                    slots.merge(source, target)
+                case Close(closed):
+                    slots.close(closed)
+                    self._samplers.close(closed)
+                case Keep(slot, entry):
+                    slots.keep(slot, entry)
+                case Drop(entries):
+                    slots.drop(entries)
+                case Probe():
+                    self._probe()
                 case Shutdown():
                     pass
         except BaseException as error:
@@ -64,7 +101,7 @@ class Rank:
 
     def _step(self, step: Step) -> None:
         start, waited_s = time.perf_counter(), self.transport.waited_s
-        hidden_BLD = None
+        hidden_BLD, vitals = None, []
         if not self.stage.is_first:
             hidden_BLD = self.transport.promise_hidden(
                 self.stage.hidden_shape(*step.shape), self.stage.hidden_dtype_in
@@ -72,81 +109,192 @@ class Rank:
         # Built while the previous rank still computes.
         output = self._forward(step, hidden_BLD)
         if hidden_BLD is not None:
-            self.transport.await_hidden(hidden_BLD)
+            vitals = self.transport.await_hidden(hidden_BLD)
+        states = self.stage.slots.states(step.microbatch)
+        tokens: list[int] = []
+        logprobs: list[Logprobs | None] = []
         if not self.stage.is_last:
-            mx.eval(output)
-            self.transport.send_hidden(output)
+            mx.eval(output, states)
         elif step.sample:
-            tokens_B = mx.stack(self._sample(step, output))
-            self.transport.send_tokens(Tokens(step.microbatch, np.array(tokens_B).tolist()))
+            tokens, logprobs = self._sample(step, output)
+            mx.eval(states)
         else:
             # Logits that nobody samples from are never computed.
-            mx.eval([self.stage.slots.states(row.slot) for row in step.rows])
-        waited_s = self.transport.waited_s - waited_s
-        self.busy_s += time.perf_counter() - start - waited_s
+            self._samplers.observe(step.rows)
+            mx.eval(states)
+        step_s = time.perf_counter() - start - (self.transport.waited_s - waited_s)
+        self.busy_s += step_s
+        vitals = [*vitals, self._vitals(step_s)]
+        if self.stage.is_last:
+            self.transport.send_tokens(Tokens(step.microbatch, tokens, logprobs, vitals))
+        else:
+            self.transport.send_hidden(output, vitals)
 
     def _forward(self, step: Step, hidden_BLD: mx.array | None) -> mx.array:
-        """Every row through the stage: hidden (B, L, D) or, from the last stage, logits (B, L, V).
+        """Hidden (B, L, D) or, from the last stage, logits (B, L, V). Nothing is computed yet."""
+        if not step.record:
+            return self.stage.forward(step, hidden_BLD)
+        output, layers = self.stage.forward_recorded(step, hidden_BLD)
+        recorded = [*layers, output] if self.stage.is_last else layers
+        self.recordings.append([np.array(array.astype(mx.float32)) for array in recorded])
+        return output
 
-        Rows run one after another, for their caches are apart. Nothing is computed yet.
-        """
-        outputs = []
-        for i, row in enumerate(step.rows):
-            tokens_1L = mx.array([row.tokens], mx.int32)
-            hidden_1LD = None if hidden_BLD is None else hidden_BLD[i : i + 1]
-            if step.record:
-                output, layers = self.stage.forward_recorded(row.slot, tokens_1L, hidden_1LD)
-                self._record([*layers, output] if self.stage.is_last else layers)
-            else:
-                output = self.stage.forward(row.slot, tokens_1L, hidden_1LD)
-            if self.stage.is_last:
-                self._samplers[row.slot].observe(row.tokens)
-            outputs.append(output)
-        return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
+    def _sample(self, step: Step, logits_BLV: mx.array) -> tuple[list[int], list[Logprobs | None]]:
+        assert step.shape[1] == 1 or len(step.rows) == 1
+        self._samplers.observe(step.rows)
+        return self._samplers.sample(step.rows, logits_BLV[:, -1])
 
-    def _sample(self, step: Step, logits_BLV: mx.array) -> list[mx.array]:
-        return [
-            self._samplers[row.slot].sample(logits_BLV[i, -1], row.position + len(row.tokens))
-            for i, row in enumerate(step.rows)
-        ]
+    def _probe(self) -> None:
+        vitals = [] if self.stage.is_first else self.transport.receive_vitals()
+        vitals.append(self._vitals(0.0))
+        if self.stage.is_last:
+            self.transport.send_tokens(Tokens(-1, [], [], vitals))
+        else:
+            self.transport.send_vitals(vitals)
 
-    def _record(self, arrays: list[mx.array]) -> None:
-        self.recordings.append([np.array(array.astype(mx.float32)) for array in arrays])
+    def _vitals(self, step_s: float) -> Vitals:
+        slots = self.stage.slots
+        return Vitals(step_s, slots.num_slots, slots.kv_bytes)
 
 
 class Leader:
-    """Rank 0: decides, and does its own part like everyone else."""
+    """Rank 0: decides, and does its own part like everyone else.
 
-    def __init__(self, rank: Rank, prefill_chunk: int) -> None:
+    `submit`, `end` and `drain` may be called from any thread; events are delivered in the thread
+    that calls `turn`. A leader `is_broken` that was interrupted in the middle of a plan.
+    """
+
+    # Idle ranks are asked for an account this often: a sign of life.
+    PROBE_EVERY_S = 5.0
+
+    def __init__(self, rank: Rank, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        self.vitals: list[Vitals] = []
+        self.busy_s: list[float] = []
+        self.is_broken = False
+        self.answered_at = time.monotonic()
         self._rank = rank
         self._transport = rank.transport
-        self._scheduler = Scheduler(prefill_chunk)
-        # Hears of (prompt tokens sent into the pipe, prompt tokens in all).
-        self.on_prefill: Callable[[int, int], None] = lambda _done, _total: None
+        self._lock = threading.Lock()
+        self._news = threading.Event()
+        self._is_probing = False
+        self._is_probed = False
+        self._deliver: dict[int, Callable[[Event], None]] = {}
 
-    @property
-    def finish_reason(self) -> str | None:
-        """Why the last request ended: "stop" or "length"."""
-        return self._scheduler.finish_reason
+    def submit(self, requests: list[Request], deliver: list[Callable[[Event], None]]) -> list[int]:
+        """Queue all of `requests` or none; each one's events go to its `deliver`.
 
-    def stream(self, request: Request) -> Iterator[int]:
-        """The tokens of `request`, each as soon as it is known."""
-        self._scheduler.submit(request)
-        while self._scheduler.is_active:
-            plan = self._scheduler.next_plan()
-            if plan is None:
-                yield from self._scheduler.accept(self._transport.receive_tokens())
-            else:
-                self._transport.pass_plan(plan)
-                self._rank.execute(plan)
-                if isinstance(plan, Step) and not plan.sample:
-                    [row] = plan.rows
-                    self.on_prefill(row.position + len(row.tokens), len(request.prompt))
+        Raises what `Admission.check` raises.
+        """
+        with self._lock:
+            for request in requests:
+                self.scheduler.admission.check(request, len(requests))
+            ids = [self.scheduler.submit(request) for request in requests]
+            self._deliver.update(zip(ids, deliver, strict=True))
+        self._news.set()
+        return ids
 
-    def stop(self) -> None:
-        """End the request that is streaming: its text is complete."""
-        self._scheduler.finish("stop")
+    def end(self, request_id: int, reason: FinishReason = "cancelled") -> None:
+        """End a request with the next plan; nothing happens if it is over."""
+        with self._lock:
+            self.scheduler.end(request_id, reason)
+        self._news.set()
+
+    def drain(self) -> None:
+        """Take no more requests."""
+        with self._lock:
+            self.scheduler.admission.is_draining = True
+        self._news.set()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """A block during which the scheduler's state holds still."""
+        with self._lock:
+            yield
+
+    def stream(self, request: Request) -> Iterator[Event]:
+        """Serve `request` in this thread: its events as they come, the last one included."""
+        events: deque[Event] = deque()
+        self.submit([request], [events.append])
+        while True:
+            while not events:
+                self.turn()
+            event = events.popleft()
+            if event.finish_reason is not None:
+                break
+            yield event
+        while self.scheduler.num_ready:
+            self.turn()
+        yield event
+
+    def run(self) -> None:
+        """Take turns until all is done after `drain`."""
+        while self.scheduler.is_active or not self.scheduler.admission.is_draining:
+            self.turn()
+
+    def turn(self) -> None:
+        """Run the next plan or, if there is none, wait for an answer or for a call."""
+        self._news.clear()
+        if self.scheduler.num_in_flight or self._is_probing:
+            self._accept(self._transport.poll_tokens())
+        with self._lock:
+            plan = self.scheduler.next_plan()
+            events = self.scheduler.take_events()
+        self._tell(events)
+        if plan is not None:
+            self._is_probed = False
+            self.do(plan)
+        elif self.scheduler.num_in_flight or self._is_probing:
+            self._accept(self._transport.receive_tokens(self._news.is_set))
+        elif not events:
+            self._idle()
+
+    def do(self, plan: Plan) -> None:
+        """Pass `plan` down the pipe and do the own part."""
+        self.is_broken = True
+        self._transport.pass_plan(plan)
+        self._rank.execute(plan)
+        self.is_broken = False
+
+    def ask(self, step: Step) -> Tokens:
+        """Run one step while nothing else is under way; its answer."""
+        self.do(step)
+        tokens = self._transport.receive_tokens()
+        assert tokens is not None
+        return tokens
 
     def shutdown(self) -> None:
-        """Tell every rank that no more plans follow."""
-        self._transport.pass_plan(Shutdown())
+        """Take the answers that are due, and tell every rank that no more plans follow."""
+        while self.scheduler.num_in_flight or self._is_probing:
+            self._accept(self._transport.receive_tokens())
+        self.do(Shutdown())
+
+    def _idle(self) -> None:
+        """Wait for a call, and ask the ranks how they are once and then every few seconds."""
+        if self._is_probed and self._news.wait(self.PROBE_EVERY_S):
+            return
+        if not self._news.is_set():
+            self._is_probed = self._is_probing = True
+            self.do(Probe())
+
+    def _accept(self, tokens: Tokens | None) -> None:
+        if tokens is None:
+            return
+        self.is_broken = False
+        self.answered_at = time.monotonic()
+        self.vitals = tokens.vitals
+        self.busy_s = self.busy_s or [0.0] * len(tokens.vitals)
+        self.busy_s = [a + v.step_s for a, v in zip(self.busy_s, tokens.vitals, strict=True)]
+        if tokens.microbatch < 0:
+            self._is_probing = False
+            return
+        with self._lock:
+            self.scheduler.accept(tokens)
+            events = self.scheduler.take_events()
+        self._tell(events)
+
+    def _tell(self, events: list[Event]) -> None:
+        for event in events:
+            self._deliver[event.request_id](event)
+            if event.finish_reason is not None:
+                del self._deliver[event.request_id]

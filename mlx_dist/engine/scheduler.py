@@ -1,92 +1,322 @@
-"""Rank 0's scheduler: which plan next. Knows slots and tokens; knows no arrays and no network."""
+"""Rank 0's scheduler: which plan next. Knows slots and tokens; knows no arrays and no network.
+
+A request waits, is prefilled in a microbatch of its own (short prompts together), and joins one
+of the microbatches that decode. A plan takes effect on a rank when it passes there, in the order
+of planning, so that nothing waits for what was planned before it; only the token that a sequence
+goes on with must have come back.
+"""
 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import count
 
-from mlx_dist.messages import Close, Open, Plan, Row, Sampling, Step, Tokens
+from mlx_dist.engine.admission import Admission, Reuse
+from mlx_dist.engine.batching import Batching
+from mlx_dist.engine.kv import KvLedger
+from mlx_dist.engine.sequence import Event, FinishReason, Request, Sequence
+from mlx_dist.messages import Close, Logprobs, Merge, Open, Plan, Row, Step, Tokens
+
+_NO_REUSE = Reuse()
+# Prompts in the making at a time, so that a short one need not wait for a long one.
+_MOST_GROUPS = 2
+# Decoding steps between steps of prompts, which may take as long as these. One long step among
+# many short ones is what the stages behind it wait for.
+_STEPS_BETWEEN = 2
+# How much the last prefill step says of the next one's time.
+_SLOWDOWN_WEIGHT = 0.5
+
+
+@dataclass(slots=True)
+class _Microbatch:
+    """Sequences that decode together, in the ranks' order, and those that will join them."""
+
+    number: int
+    decoding: list[Sequence] = field(default_factory=list)
+    coming: list[Sequence] = field(default_factory=list)
+    is_in_flight: bool = False
+
+    @property
+    def members(self) -> list[Sequence]:
+        return self.decoding + self.coming
+
+
+@dataclass(slots=True)
+class _Prefill:
+    """Sequences whose prompts run in a microbatch of their own."""
+
+    number: int
+    target: _Microbatch
+    sequences: list[Sequence]
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
-    """A prompt that is known to be servable.
+class _InFlight:
+    """A step whose answer is due. A prefill was expected to take `expected_s`, if known."""
 
-    Generation ends at `max_tokens` or at a token of `stop_tokens`, which is not part of it.
-    """
-
-    prompt: tuple[int, ...]
-    max_tokens: int
-    sampling: Sampling
-    stop_tokens: frozenset[int] = frozenset()
-    record: bool = False
+    microbatch: int
+    sequences: tuple[Sequence, ...]
+    is_sampled: bool
+    expected_s: float | None = None
 
 
 class Scheduler:
-    """Turns one request at a time into plans.
+    """Turns requests into plans; `num_stages` bounds the steps in flight."""
 
-    The prompt but its last token is cut into chunks that are planned back to back, so that they
-    fill the pipe; the last token's step samples the first new one.
-    """
-
-    _SLOT = 0
-    _MICROBATCH = 0
-
-    def __init__(self, prefill_chunk: int) -> None:
-        self._prefill_chunk = prefill_chunk
+    def __init__(
+        self,
+        batching: Batching,
+        ledger: KvLedger,
+        num_stages: int,
+        *,
+        max_queue: int = 1024,
+        reuse: Reuse = _NO_REUSE,
+    ) -> None:
+        self.batching = batching
+        self.admission = Admission(batching, ledger, max_queue, reuse)
+        self.num_prompt_tokens = 0
+        self.num_completion_tokens = 0
+        self.ledger = ledger
+        self._num_stages = num_stages
+        self._window = 2 * num_stages
+        self._microbatches = [_Microbatch(i) for i in range(batching.num_microbatches)]
+        self._turn = deque(self._microbatches)
+        self._prefills: deque[_Prefill] = deque()
+        self._numbers = count(batching.num_microbatches)
         self._ready: deque[Plan] = deque()
-        self._request: Request | None = None
-        self._position = 0
-        self._num_generated = 0
-        self.finish_reason: str | None = None
+        self._in_flight: deque[_InFlight] = deque()
+        self._events: list[Event] = []
+        # Decoding steps since the last step of prompts, which take turns.
+        self._num_decoded = 0
+        self._is_turn_of_new = True
+        self._slowdown = 1.0
+
+    @property
+    def num_active(self) -> int:
+        """Sequences that hold a slot."""
+        return sum(len(m.members) for m in self._microbatches)
+
+    @property
+    def num_ready(self) -> int:
+        """Plans that are made and not run."""
+        return len(self._ready)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Steps whose answers are due."""
+        return len(self._in_flight)
 
     @property
     def is_active(self) -> bool:
-        """Whether a plan is left to run or a token to come."""
-        return self._request is not None or bool(self._ready)
+        """Whether a plan is left to run, a token to come or a request to serve."""
+        return bool(
+            self._ready or self._in_flight or self._events or self.admission.waiting
+        ) or bool(self.num_active)
 
-    def submit(self, request: Request) -> None:
-        """Begin `request`; the one before must be over."""
-        assert not self.is_active
-        assert request.prompt and request.max_tokens > 0
-        self._request = request
-        self._position = self._num_generated = 0
-        self.finish_reason = None
-        self._ready.append(Open(self._SLOT, request.sampling))
-        *before, last = request.prompt
-        for i in range(0, len(before), self._prefill_chunk):
-            self._plan_step(before[i : i + self._prefill_chunk], sample=False)
-        self._plan_step([last], sample=True)
+    @property
+    def reserved_bytes(self) -> tuple[int, ...]:
+        """KV memory promised to sequences, on each rank."""
+        lengths = [[s.request.most_tokens for s in m.members] for m in self._microbatches]
+        return self.ledger.reserved_bytes(lengths)
+
+    def submit(self, request: Request) -> int:
+        """Queue `request` and answer its id. Raises what `Admission.check` raises."""
+        return self.admission.submit(request).id
+
+    def end(self, request_id: int, reason: FinishReason = "cancelled") -> None:
+        """End a request, with the next plan; nothing happens if it is over."""
+        for sequence in self.admission.waiting:
+            if sequence.id == request_id:
+                self.admission.waiting.remove(sequence)
+                self._events.append(sequence.event(finish_reason=reason))
+                return
+        for microbatch in self._microbatches:
+            for sequence in microbatch.members:
+                if sequence.id == request_id:
+                    self._finish(microbatch, sequence, reason)
+                    return
 
     def next_plan(self) -> Plan | None:
-        """The next plan, or None while one must wait for a token."""
+        """The next plan, or None while one must wait for a token or a request."""
+        if not self._ready and len(self._in_flight) < self._window:
+            self._plan_step()
         return self._ready.popleft() if self._ready else None
 
-    def accept(self, tokens: Tokens) -> list[int]:
-        """Take what the last stage sampled; answer the tokens that belong to the text."""
-        assert self._request is not None
-        [token] = tokens.tokens
-        if token in self._request.stop_tokens:
-            self.finish("stop")
-            return []
-        self._num_generated += 1
-        if self._num_generated == self._request.max_tokens:
-            self.finish("length")
-        else:
-            self._plan_step([token], sample=True)
-        return [token]
-
-    def finish(self, reason: str) -> None:
-        """End the request for `reason`: "stop" or "length". What was planned for it is dropped."""
-        if self._request is None:
+    def accept(self, tokens: Tokens) -> None:
+        """Take the last stage's answer to the oldest step in flight."""
+        step = self._in_flight.popleft()
+        assert step.microbatch == tokens.microbatch
+        if not step.is_sampled:
+            if step.expected_s and tokens.vitals:
+                slowdown = max(v.step_s for v in tokens.vitals) / step.expected_s
+                self._slowdown += _SLOWDOWN_WEIGHT * (slowdown - self._slowdown)
             return
-        self._request = None
-        self.finish_reason = reason
-        self._ready.clear()
-        self._ready.append(Close(self._SLOT))
+        microbatch = self._microbatches[step.microbatch]
+        microbatch.is_in_flight = False
+        all_logprobs = tokens.logprobs or [None] * len(tokens.tokens)
+        for sequence, token, logprobs in zip(
+            step.sequences, tokens.tokens, all_logprobs, strict=True
+        ):
+            # A sequence that was ended meanwhile takes no more tokens.
+            if sequence.slot is not None:
+                self._take(microbatch, sequence, token, logprobs)
 
-    def _plan_step(self, tokens: list[int], sample: bool) -> None:
-        assert self._request is not None
-        row = Row(self._SLOT, self._position, tokens)
-        self._ready.append(Step(self._MICROBATCH, [row], sample, self._request.record))
-        self._position += len(tokens)
+    def take_events(self) -> list[Event]:
+        """What has happened since the last call, in order."""
+        events, self._events = self._events, []
+        return events
+
+    def _take(
+        self, microbatch: _Microbatch, sequence: Sequence, token: int, logprobs: Logprobs | None
+    ) -> None:
+        if token in sequence.request.stop_tokens:
+            self._finish(microbatch, sequence, "stop")
+            return
+        sequence.generated.append(token)
+        self.num_completion_tokens += 1
+        self._events.append(sequence.event(token, logprobs))
+        if len(sequence.generated) == sequence.request.max_tokens:
+            self._finish(microbatch, sequence, "length")
+
+    def _keep(self, sequence: Sequence) -> None:
+        self._ready += self.admission.keep(sequence, [m.members for m in self._microbatches])
+
+    def _finish(self, microbatch: _Microbatch, sequence: Sequence, reason: FinishReason) -> None:
+        assert sequence.slot is not None
+        self._keep(sequence)
+        self._ready.append(Close([sequence.slot]))
+        self.admission.free(sequence)
+        if sequence in microbatch.decoding:
+            microbatch.decoding.remove(sequence)
+        else:
+            microbatch.coming.remove(sequence)
+            for prefill in list(self._prefills):
+                if sequence in prefill.sequences:
+                    prefill.sequences.remove(sequence)
+                    if not prefill.sequences:
+                        self._prefills.remove(prefill)
+        self._events.append(sequence.event(finish_reason=reason))
+
+    def _plan_step(self) -> None:
+        """Plan one step, if any can go: prompts take turns with the microbatches."""
+        if self._is_turn_of_prompts():
+            if prefill := self._next_prefill():
+                self._num_decoded = 0
+                self._plan_prefill(prefill)
+                return
+            self._num_decoded = min(self._num_decoded, _STEPS_BETWEEN)
+        for microbatch in list(self._turn):
+            if microbatch.decoding and not microbatch.is_in_flight:
+                self._turn.remove(microbatch)
+                self._turn.append(microbatch)
+                self._num_decoded += 1
+                self._plan_decode(microbatch)
+                return
+
+    def _is_turn_of_prompts(self) -> bool:
+        num_busy = sum(bool(m.decoding) for m in self._microbatches)
+        if self._num_decoded < min(num_busy, _STEPS_BETWEEN):
+            return False
+        # Better when the pipe is full: behind a prompt that enters before, stages run dry.
+        num_out = sum(m.is_in_flight for m in self._microbatches)
+        is_full = num_out >= min(num_busy, self._num_stages)
+        return is_full or self._num_decoded >= num_busy + _STEPS_BETWEEN
+
+    def _plan_decode(self, microbatch: _Microbatch) -> None:
+        microbatch.is_in_flight = True
+        sequences = tuple(microbatch.decoding)
+        rows = [self._advance(sequence, [sequence.next_token]) for sequence in sequences]
+        record = any(sequence.request.record for sequence in sequences)
+        self._ready.append(Step(microbatch.number, rows, sample=True, record=record))
+        self._in_flight.append(_InFlight(microbatch.number, sequences, is_sampled=True))
+
+    def _next_prefill(self) -> _Prefill | None:
+        """Whose prompts go on. Those under way and those who wait take turns."""
+        prefill = None
+        if not self._prefills or (self._is_turn_of_new and len(self._prefills) < _MOST_GROUPS):
+            prefill = self._admit()
+        self._is_turn_of_new = prefill is None
+        if prefill is None and self._prefills:
+            prefill = self._prefills.popleft()
+            self._prefills.append(prefill)
+        return prefill
+
+    def _admit(self) -> _Prefill | None:
+        """Open a microbatch for those who wait, as many as fit one step, if there is room.
+
+        They do not enter before their step can go: until then others may come to share it.
+        """
+        while True:
+            members = [m.members for m in self._microbatches]
+            group = self.admission.next_group(members, self._prefill_tokens())
+            if group is None:
+                return None
+            prefill = _Prefill(
+                next(self._numbers), self._microbatches[group.target], group.sequences
+            )
+            prefill.target.coming += group.sequences
+            self._ready += (*group.plans, Open(prefill.number, group.openings))
+            self._prefills.append(prefill)
+            # With all of its prompts reused, it has nothing to run.
+            if not self._merge_if_done(prefill):
+                return prefill
+
+    def _plan_prefill(self, prefill: _Prefill) -> None:
+        most = self._prefill_tokens()
+        rows = []
+        for sequence in prefill.sequences:
+            num_tokens = sequence.num_to_prefill
+            if len(prefill.sequences) == 1:
+                ahead = [
+                    border - sequence.position
+                    for border in self.admission.borders(sequence.request)
+                    if border > sequence.position
+                ]
+                num_tokens = min(num_tokens, most, *ahead)
+            start = sequence.position
+            rows.append(
+                self._advance(sequence, list(sequence.request.prompt[start : start + num_tokens]))
+            )
+        self.num_prompt_tokens += sum(len(row.tokens) for row in rows)
+        record = prefill.sequences[0].request.record
+        step = Step(prefill.number, rows, sample=False, record=record)
+        times = self.batching.times
+        expected_s = times.prefill_s(step.shape[0] * step.shape[1]) if times else None
+        self._ready.append(step)
+        self._in_flight.append(_InFlight(prefill.number, (), False, expected_s))
+        for sequence in prefill.sequences:
+            self._events.append(sequence.event())
+            if sequence.position in self.admission.borders(sequence.request):
+                self._keep(sequence)
+        self._merge_if_done(prefill)
+
+    def _merge_if_done(self, prefill: _Prefill) -> bool:
+        """Let sequences whose prompts are in the pipe, all but the last token, decode."""
+        if any(sequence.num_to_prefill for sequence in prefill.sequences):
+            return False
+        self._prefills.remove(prefill)
+        self._ready.append(Merge(prefill.number, prefill.target.number))
+        for sequence in prefill.sequences:
+            prefill.target.coming.remove(sequence)
+            prefill.target.decoding.append(sequence)
+        return True
+
+    def _advance(self, sequence: Sequence, tokens: list[int]) -> Row:
+        assert sequence.slot is not None
+        row = Row(sequence.slot, sequence.position, tokens)
+        sequence.position += len(tokens)
+        return row
+
+    def _prefill_tokens(self) -> int:
+        """The most prompt tokens that the next step may have.
+
+        Beside as many streams as there are once all who wait have entered: those who were first
+        are not served faster at the cost of the others.
+        """
+        if not any(m.decoding for m in self._microbatches):
+            return self.batching.prefill_tokens([], self._slowdown)
+        total = self.num_active + len(self.admission.waiting)
+        num_microbatches = min(total, len(self._microbatches))
+        size = min(-(-total // num_microbatches), self.batching.max_sequences)
+        return self.batching.prefill_tokens([size] * num_microbatches, self._slowdown)

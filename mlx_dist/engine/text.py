@@ -1,17 +1,53 @@
-"""Between text and tokens, on the leader. Knows tokenizers; knows no arrays and no ranks."""
+"""Between text and tokens, on the leader. Knows tokenizers; knows no arrays and no ranks.
+
+What a message says is text, always: `<|im_end|>` written by a user becomes the characters of it
+and never the token that ends a message. A text given without a chat template is taken as it is,
+control tokens and all, as its writer is the one who writes the template.
+"""
 
 from __future__ import annotations
 
+import inspect
+import json
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from mlx_lm.tokenizer_utils import load as load_tokenizer
+from mlx_lm.tool_parsers import json_tools
+from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from mlx_dist.errors import ModelError, RequestError
+from mlx_dist.engine.reader import Reader
+from mlx_dist.errors import ModelError, PromptTooLongError, RequestError
+from mlx_dist.model.tokenizer import load_tokenizer
+
+Objects = Sequence[Mapping[str, Any]]
 
 # Where the families' configs say how many positions they were made for.
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
+_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+# What a template's variables may not be called: what renders it has its own use for these.
+_RESERVED = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) | {
+    "conversations",
+    "messages",
+}
+# What byte-level tokenizers write for each byte.
+_BYTES = {character: bytes([byte]) for byte, character in bytes_to_unicode().items()}
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """A chat as tokens, up to where the assistant's answer begins.
+
+    `borders` are numbers of tokens after which another request may go on differently: one with
+    the same system message, one with the same messages before the user's last, and the next turn
+    of this chat. Ascending, and less than the number of tokens.
+    """
+
+    tokens: tuple[int, ...]
+    borders: tuple[int, ...]
 
 
 class Tokenizer:
@@ -19,24 +55,28 @@ class Tokenizer:
 
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
         """Raises ModelError if the files are missing or damaged."""
-        try:
-            self._tokenizer = load_tokenizer(folder, {"trust_remote_code": False})
-            self._max_id = max(self._tokenizer.get_vocab().values(), default=-1)
-        # The tokenizers library raises plain Exception for a damaged file.
-        except Exception as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise ModelError(
-                f"the tokenizer in {folder} does not load: {reason}; "
-                "copy tokenizer.json and tokenizer_config.json again"
-            ) from error
+        self._tokenizer = load_tokenizer(folder, config)
+        self._max_id = max(self._tokenizer.get_vocab().values(), default=-1)
         text_config = config.get("text_config") or config
         self.context_tokens: int | None = next(
             (text_config[key] for key in _CONTEXT_KEYS if text_config.get(key)), None
         )
+        self.stop_tokens = frozenset(self._tokenizer.eos_token_ids)
+        self.has_chat_template = bool(self._tokenizer.has_chat_template)
+        self.has_tools = self.has_chat_template and bool(self._tokenizer.has_tool_calling)
+        self.has_reasoning = self.has_chat_template and bool(self._tokenizer.has_thinking)
+        # A few families have Python of mlx-lm's in the place of a template.
+        self._has_jinja = "chat_template_type" not in self._tokenizer.init_kwargs
+        self._added_tokens = frozenset(self._tokenizer.added_tokens_decoder)
+        backend = getattr(self._tokenizer, "backend_tokenizer", None)
+        self._is_byte_level = "ByteLevel" in repr(getattr(backend, "decoder", None))
 
     @property
-    def stop_tokens(self) -> frozenset[int]:
-        return frozenset(self._tokenizer.eos_token_ids)
+    def call_markers(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """The tokens before and after a tool call, of models that write it as JSON between them."""
+        if not self.has_tools or self._tokenizer.tool_parser is not json_tools.parse_tool_call:
+            return None
+        return self._tokenizer.tool_call_start_tokens, self._tokenizer.tool_call_end_tokens
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise ModelError if a token can come out that the model has no embedding for."""
@@ -47,38 +87,59 @@ class Tokenizer:
             )
 
     def encode_prompt(self, prompt: str, chat: bool | None) -> tuple[int, ...]:
-        """The tokens of `prompt`, as a user's message in the chat template if `chat`.
+        """`prompt` as a user's message if `chat`, or as it is if not.
 
-        None means chat where the model has a template. Raises RequestError if the prompt is
-        empty, too long for the model, or to be a chat without a template.
+        None means chat where the model has a template. Raises as `encode_text`.
         """
-        has_template = bool(self._tokenizer.has_chat_template)
-        if chat and not has_template:
-            raise RequestError("the model has no chat template; use --raw")
         if not prompt:
             raise RequestError("the prompt is empty; give --prompt some text")
-        if any("\ud800" <= character <= "\udfff" for character in prompt):
-            raise RequestError("the prompt is not UTF-8 text; convert it first")
-        if chat is not False and has_template:
-            messages = [{"role": "user", "content": prompt}]
-            try:
-                tokens = self._tokenizer.apply_chat_template(
-                    messages, add_generation_prompt=True, return_dict=False
-                )
-            except jinja2.TemplateError as error:
-                raise RequestError(
-                    f"the model's chat template refuses the prompt: {error}; use --raw"
-                ) from None
-        else:
-            tokens = self._tokenizer.encode(prompt)
-        if not tokens:
-            raise RequestError("the prompt has no tokens; give --prompt some text")
-        if self.context_tokens is not None and len(tokens) >= self.context_tokens:
-            raise RequestError(
-                f"the prompt has {len(tokens)} tokens and the model takes "
-                f"{self.context_tokens} with the answer; shorten it"
-            )
-        return tuple(tokens)
+        if chat or (chat is None and self.has_chat_template):
+            return self.encode_chat([{"role": "user", "content": prompt}]).tokens
+        return self.encode_text(prompt)
+
+    def encode_text(self, text: str) -> tuple[int, ...]:
+        """`text` as it is. Raises RequestError if it is no text or none, PromptTooLongError."""
+        _check_utf8("the prompt", text)
+        return self._checked(self._tokenizer.encode(text))
+
+    def encode_chat(
+        self,
+        messages: Objects,
+        tools: Objects | None = None,
+        template_args: Mapping[str, Any] | None = None,
+    ) -> ChatPrompt:
+        """OpenAI's messages in the model's template, to be answered by the assistant.
+
+        `template_args` are variables of the template, such as `enable_thinking`. Raises
+        RequestError for what is no message or what the template refuses, PromptTooLongError.
+        """
+        if not self.has_chat_template:
+            raise RequestError("the model has no chat template; use --raw")
+        if not messages:
+            raise RequestError("messages is empty; give it a message of role user")
+        if tools and not self.has_tools:
+            raise RequestError("the model's chat template takes no tools; leave tools out")
+        if reserved := sorted(_RESERVED.intersection(template_args or ())):
+            raise RequestError(f"{reserved[0]} is no variable of a chat template; leave it out")
+        has_developer = not self._has_jinja or "developer" in str(self._tokenizer.chat_template)
+        plain = [self._plain(i, m, has_developer) for i, m in enumerate(messages)]
+        variables = dict(template_args or {}) | {"tools": list(tools) if tools else None}
+        # This drops U+F0000 and U+F0001, with which transformers marks such text on its way.
+        safely = {"sanitize_control_tokens": True} if self._has_jinja else {}
+        tokens = self._checked(
+            self._rendered(plain, variables, add_generation_prompt=True, **safely)
+        )
+        return ChatPrompt(tokens, self._borders(tokens, plain, variables))
+
+    def open_reasoning(self, prompt: tuple[int, ...]) -> tuple[int, ...]:
+        """The tokens that end the reasoning which `prompt` has begun; none if it has not."""
+        tokenizer = self._tokenizer
+        if not self.has_reasoning:
+            return ()
+        if tokenizer.rfind_think_start(prompt) <= tokenizer.rfind_think_end(prompt):
+            return ()
+        end: tuple[int, ...] = tokenizer.think_end_tokens
+        return end
 
     def limit(self, prompt: tuple[int, ...], max_tokens: int) -> int:
         """`max_tokens`, or what the model's context leaves of it."""
@@ -86,52 +147,153 @@ class Tokenizer:
             return max_tokens
         return min(max_tokens, self.context_tokens - len(prompt))
 
-    def text_stream(self, stop: tuple[str, ...]) -> TextStream:
-        return TextStream(self._tokenizer.detokenizer, stop)
+    def reader(
+        self,
+        stop: tuple[str, ...],
+        *,
+        tools: Objects | None = None,
+        is_chat: bool = False,
+        prompt: tuple[int, ...] = (),
+    ) -> Reader:
+        """What makes text, reasoning and tool calls of the tokens that follow `prompt`.
 
+        Without `is_chat` all is text; without `tools` a call is text too.
+        """
+        if not is_chat:
+            return Reader.of_text(self._tokenizer, stop, prompt)
+        in_reasoning = bool(self.open_reasoning(prompt))
+        return Reader.of_chat(self._tokenizer, stop, tools, in_reasoning)
 
-class TextStream:
-    """Turns tokens into text as they come, up to the first of the `stop` strings.
+    def token_text(self, token: int) -> str:
+        """The text of one token; U+FFFD in the place of what is not a whole character."""
+        return self.token_bytes(token).decode("utf-8", "replace")
 
-    Text that may be the beginning of a stop string is held back until it is known not to be.
-    """
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that one token stands for; none for an id that the tokenizer has not."""
+        if token > self._max_id:
+            return b""
+        text = self._tokenizer.convert_ids_to_tokens(token) or ""
+        if token in self._added_tokens:
+            return text.encode()
+        if self._is_byte_level:
+            return b"".join(_BYTES.get(character, character.encode()) for character in text)
+        # SentencePiece: a byte as <0x0A>, a space as U+2581.
+        if len(text) == 6 and text.startswith("<0x"):
+            return bytes([int(text[3:5], 16)])
+        return text.replace("\u2581", " ").encode()
 
-    def __init__(self, detokenizer: Any, stop: tuple[str, ...]) -> None:
-        self._detokenizer = detokenizer
-        self._detokenizer.reset()
-        self._stop = stop
-        self._held = ""
-        self.is_stopped = False
+    def _checked(self, tokens: Sequence[int]) -> tuple[int, ...]:
+        if not tokens:
+            raise RequestError("the prompt has no tokens; give it some text")
+        if self.context_tokens is not None and len(tokens) >= self.context_tokens:
+            raise PromptTooLongError(
+                f"the prompt has {len(tokens)} tokens and the model takes "
+                f"{self.context_tokens} with the answer; shorten it"
+            )
+        return tuple(tokens)
 
-    def add(self, token: int) -> str:
-        """The text that is certain now that `token` has come."""
-        self._detokenizer.add_token(token)
-        return self._release(self._detokenizer.last_segment)
+    def _rendered(self, messages: Objects, variables: dict[str, Any], **options: Any) -> Any:
+        try:
+            return self._tokenizer.apply_chat_template(messages, **options, **variables)
+        # A template is a program of the model's: it can fail in any way that Python can.
+        except Exception as error:
+            raise RequestError(
+                f"the model's chat template refuses the prompt: {str(error)[:300]}; use --raw"
+            ) from None
 
-    def finish(self) -> str:
-        """The text that was still held back."""
-        self._detokenizer.finalize()
-        text = self._release(self._detokenizer.last_segment)
-        rest, self._held = self._held, ""
-        return text if self.is_stopped else text + rest
+    def _borders(
+        self, tokens: tuple[int, ...], messages: Objects, variables: dict[str, Any]
+    ) -> tuple[int, ...]:
+        text = self._rendered(messages, variables, add_generation_prompt=True, tokenize=False)
+        borders = set()
+        for start in _starts(messages, has_head=bool(variables["tools"])):
+            try:
+                other = self._rendered(start, variables, tokenize=False)
+            except RequestError:
+                continue
+            num_shared = _num_shared(text, other)
+            borders.add(self._num_before(tokens, text[:num_shared], text[num_shared:]))
+        return tuple(sorted(borders - {0, len(tokens)}))
 
-    def _release(self, text: str) -> str:
-        if self.is_stopped:
-            return ""
-        self._held += text
-        found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
-        if found:
-            self.is_stopped = True
-            self._held = self._held[: min(found)]
-        num_held = 0 if self.is_stopped else self._num_ambiguous()
-        released = self._held[: len(self._held) - num_held]
-        self._held = self._held[len(released) :]
-        return released
-
-    def _num_ambiguous(self) -> int:
-        """The length of the longest end of the held text that begins a stop string."""
-        longest = max((len(stop) - 1 for stop in self._stop), default=0)
-        for length in range(min(longest, len(self._held)), 0, -1):
-            if any(stop.startswith(self._held[-length:]) for stop in self._stop):
-                return length
+    def _num_before(self, tokens: tuple[int, ...], head: str, tail: str) -> int:
+        """How many of `tokens` are those of `head`, by either of both; 0 if none end there."""
+        # The shorter first, for most of the time goes into encoding.
+        for part in sorted((head, tail), key=len):
+            encoded = tuple(self._tokenizer.encode(part, add_special_tokens=False))
+            num_before = len(encoded) if part is head else len(tokens) - len(encoded)
+            if encoded == (tokens[:num_before] if part is head else tokens[num_before:]):
+                return num_before
         return 0
+
+    def _plain(self, index: int, message: Mapping[str, Any], has_developer: bool) -> dict[str, Any]:
+        """A message as templates expect it: its content a string, its calls' arguments objects."""
+        role = message.get("role")
+        if role not in _ROLES:
+            raise RequestError(f"messages[{index}].role is {role!r}; use one of {_ROLES}")
+        if role == "developer" and not has_developer:
+            role = "system"
+        plain = dict(message) | {"role": role, "content": _content(index, message.get("content"))}
+        if role == "assistant" and self.has_reasoning:
+            # Some clients send the reasoning back as they got it from other servers.
+            reasoning, end, rest = plain["content"].rpartition(self._tokenizer.think_end)
+            if end:
+                reasoning = reasoning.rpartition(self._tokenizer.think_start)[2].strip("\n")
+                plain |= {"reasoning_content": reasoning, "content": rest.lstrip("\n")}
+        if calls := message.get("tool_calls"):
+            plain["tool_calls"] = [
+                _plain_call(f"messages[{index}].tool_calls[{i}]", call, self._has_jinja)
+                for i, call in enumerate(calls)
+            ]
+        return plain
+
+
+def _starts(messages: Objects, has_head: bool) -> list[list[Mapping[str, Any]]]:
+    """Chats that begin as `messages` do, up to each border. `has_head`: something precedes them."""
+    roles = [message["role"] for message in messages]
+    num_system = next((i for i, role in enumerate(roles) if role != "system"), len(roles))
+    last_user = max((i for i, role in enumerate(roles) if role == "user"), default=0)
+    ends = {num_system, last_user} - (set() if has_head else {0})
+    # What no message begins with, so that no more than what comes before is equal.
+    other = {"role": "user", "content": "\ufffd"}
+    return [*([*messages[:end], other] for end in ends), list(messages)]
+
+
+def _num_shared(text: str, other: str) -> int:
+    """How many characters both begin with."""
+    lengths = range(1, len(other) + 1)
+    return bisect_left(lengths, True, key=lambda n: not text.startswith(other[:n]))
+
+
+def _content(index: int, content: Any) -> str:
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        _check_utf8(f"messages[{index}].content", content)
+        return content
+    parts = content if isinstance(content, list) else [content]
+    if all(isinstance(p, Mapping) and isinstance(p.get("text"), str) for p in parts):
+        return _content(index, "".join(part["text"] for part in parts))
+    raise RequestError(f"messages[{index}].content is not text; other content is not supported")
+
+
+def _check_utf8(name: str, text: str) -> None:
+    """Raise RequestError if `text` has half a surrogate pair, as JSON and file names can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RequestError(f"{name} is not UTF-8 text; convert it first") from None
+
+
+def _plain_call(name: str, call: Mapping[str, Any], as_object: bool) -> dict[str, Any]:
+    """`call` with its arguments as an object, or as JSON text if not `as_object`."""
+    try:
+        function = dict(call["function"])
+        arguments = function.get("arguments") or {}
+        if isinstance(arguments, str):
+            arguments = json.loads(arguments)
+    except (TypeError, ValueError, LookupError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise RequestError(f"{name}.function.arguments is no JSON object; send what was answered")
+    function["arguments"] = arguments if as_object else json.dumps(arguments, ensure_ascii=False)
+    return dict(call) | {"function": function}

@@ -10,14 +10,15 @@ from __future__ import annotations
 import os
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_dist.cluster.control import Waiter
 from mlx_dist.cluster.world import World
 from mlx_dist.errors import ProtocolError
-from mlx_dist.messages import Close, Hidden, Open, Plan, Shutdown, Step, Tokens, expect
+from mlx_dist.messages import Hidden, Plan, Shutdown, Tokens, Vitals, expect
 
 
 class Transport:
@@ -38,19 +39,19 @@ class Transport:
         """What every rank but the leader must do next, `Shutdown` last; each is passed on first."""
         while True:
             plan = self._world.control.receive(self._world.previous_rank)
-            if not isinstance(plan, Open | Step | Close | Shutdown):
+            if not isinstance(plan, Plan):
                 raise ProtocolError(f"{type(plan).__name__} arrived where a plan was due")
             self.pass_plan(plan)
             yield plan
             if isinstance(plan, Shutdown):
                 return
 
-    def send_hidden(self, hidden_BLD: mx.array) -> None:
+    def send_hidden(self, hidden_BLD: mx.array, vitals: list[Vitals]) -> None:
         """Send computed activations to the next rank; returns before they have arrived."""
         checksum = _checksum(hidden_BLD) if self._with_checksum else None
         dtype = _dtype_name(hidden_BLD.dtype)
         self._world.control.send(
-            Hidden(list(hidden_BLD.shape), dtype, checksum), self._world.next_rank
+            Hidden(list(hidden_BLD.shape), dtype, checksum, vitals), self._world.next_rank
         )
         sent = mx.distributed.send(
             hidden_BLD,
@@ -71,8 +72,8 @@ class Transport:
             stream=self._world.streams.receive,
         )
 
-    def await_hidden(self, promised_BLD: mx.array) -> None:
-        """Wait until promised activations are here.
+    def await_hidden(self, promised_BLD: mx.array) -> list[Vitals]:
+        """Wait until promised activations are here; answer the vitals of the ranks before.
 
         Raises ProtocolError unless what was announced and what came is what was promised.
         """
@@ -89,14 +90,39 @@ class Transport:
         self.waited_s += time.perf_counter() - start
         if hidden.checksum is not None and hidden.checksum != _checksum(promised_BLD):
             raise ProtocolError(f"activations {due[0]} arrived damaged")
+        return hidden.vitals
+
+    def send_vitals(self, vitals: list[Vitals]) -> None:
+        """Pass on a probe's findings to the next rank."""
+        self._world.control.send(Hidden([], "", None, vitals), self._world.next_rank)
+
+    def receive_vitals(self) -> list[Vitals]:
+        """What a probe has found on the ranks before."""
+        return expect(self._world.control.receive(self._world.previous_rank), Hidden).vitals
 
     def send_tokens(self, tokens: Tokens) -> None:
         """Answer the leader, from the last stage."""
         self._world.control.send(tokens, self._world.leader_rank)
 
-    def receive_tokens(self) -> Tokens:
-        """The last stage's next answer, on the leader."""
-        return expect(self._world.control.receive(self._world.last_rank), Tokens)
+    def poll_tokens(self) -> Tokens | None:
+        """The last stage's next answer, on the leader, if it has come and one can look."""
+        control = self._world.control
+        answer = control.poll(self._world.last_rank) if control.can_poll else None
+        return None if answer is None else expect(answer, Tokens)
+
+    def receive_tokens(self, is_called: Callable[[], bool] = lambda: False) -> Tokens | None:
+        """The last stage's next answer, on the leader, or None once it `is_called` away.
+
+        Where one cannot look for an answer, this waits for it whatever calls.
+        """
+        if not self._world.control.can_poll:
+            return expect(self._world.control.receive(self._world.last_rank), Tokens)
+        for _ in Waiter():
+            if (tokens := self.poll_tokens()) is not None:
+                return tokens
+            if is_called():
+                return None
+        raise AssertionError("a waiter never ends")
 
 
 def _dtype_name(dtype: mx.Dtype) -> str:

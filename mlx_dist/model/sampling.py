@@ -4,28 +4,98 @@ mlx-lm's samplers and logits processors do the work. What is added is where the 
 from: each token's random number depends on its request's seed and its position alone.
 """
 
-# V vocabulary
+# B sequences, V vocabulary
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
+from typing import Protocol
 
 import mlx.core as mx
+import numpy as np
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
-from mlx_dist.messages import Sampling
+from mlx_dist.messages import Logprobs, Opening, Row, Sampling
 
 # The number of last tokens that penalties look at, mlx-lm's default.
 _PENALTY_CONTEXT = 20
 _MASK_64 = (1 << 64) - 1
 
 
-class SlotSampler:
-    """Samples the tokens of one sequence."""
+class Matcher(Protocol):
+    """Where a sequence stands in its grammar."""
 
-    def __init__(self, sampling: Sampling, vocab_size: int) -> None:
+    def mask(self, logits_1V: mx.array) -> mx.array:
+        """The logits with those of tokens that the grammar forbids at minus infinity."""
+
+    def consume(self, token: int) -> None:
+        """Go on by `token`."""
+
+
+class Samplers:
+    """Samples the tokens of all sequences. `make_matcher` compiles a grammar."""
+
+    def __init__(self, vocab_size: int, make_matcher: Callable[[str], Matcher]) -> None:
+        self._vocab_size = vocab_size
+        self._make_matcher = make_matcher
+        self._of_slot: dict[int, SlotSampler] = {}
+
+    def open(self, openings: list[Opening]) -> None:
+        """Begin sequences."""
+        for opening in openings:
+            grammar = opening.sampling.grammar
+            matcher = None if grammar is None else self._make_matcher(grammar)
+            sampler = SlotSampler(opening.sampling, self._vocab_size, matcher)
+            sampler.observe(opening.prefix)
+            self._of_slot[opening.slot] = sampler
+
+    def close(self, slots: list[int]) -> None:
+        """End sequences."""
+        for slot in slots:
+            self._of_slot.pop(slot, None)
+
+    def observe(self, rows: list[Row]) -> None:
+        """Note tokens that sequences have grown by."""
+        for row in rows:
+            self._of_slot[row.slot].observe(row.tokens)
+
+    def sample(
+        self, rows: list[Row], logits_BV: mx.array
+    ) -> tuple[list[int], list[Logprobs | None]]:
+        """The token that follows each row and, if any row asks, what is said of probabilities."""
+        samplers = [self._of_slot[row.slot] for row in rows]
+        if all(sampler.is_plain for sampler in samplers):
+            tokens_B = mx.argmax(logits_BV, axis=-1)
+        else:
+            tokens_B = mx.stack(
+                [
+                    sampler.sample(logits_BV[i], rows[i].position + len(rows[i].tokens))
+                    for i, sampler in enumerate(samplers)
+                ]
+            )
+        tokens: list[int] = np.array(tokens_B).tolist()
+        for sampler, token in zip(samplers, tokens, strict=True):
+            sampler.accept(token)
+        if all(sampler.num_logprobs is None for sampler in samplers):
+            return tokens, []
+        return tokens, [
+            None if s.num_logprobs is None else _logprobs(logits_BV[i], tokens[i], s.num_logprobs)
+            for i, s in enumerate(samplers)
+        ]
+
+
+class SlotSampler:
+    """Samples the tokens of one sequence.
+
+    One that `is_plain` takes the likeliest token, whatever came before.
+    """
+
+    def __init__(self, sampling: Sampling, vocab_size: int, matcher: Matcher | None = None) -> None:
+        self.num_logprobs = sampling.num_logprobs
         self._seed = sampling.seed
         self._is_greedy = sampling.temperature == 0
+        self._matcher = matcher
         self._sample = make_sampler(
             temp=sampling.temperature,
             top_p=sampling.top_p,
@@ -43,6 +113,7 @@ class SlotSampler:
             frequency_penalty=sampling.frequency_penalty or None,
             frequency_context_size=_PENALTY_CONTEXT,
         )
+        self.is_plain = self._is_greedy and not self._processors and matcher is None
         self._last_tokens: deque[int] = deque(maxlen=_PENALTY_CONTEXT)
 
     def observe(self, tokens: list[int]) -> None:
@@ -54,11 +125,25 @@ class SlotSampler:
         logits_1V = logits_V[None]
         for process in self._processors:
             logits_1V = process(mx.array(list(self._last_tokens)), logits_1V)
+        if self._matcher is not None:
+            logits_1V = self._matcher.mask(logits_1V)
         if not self._is_greedy:
             logits_1V = logits_1V - mx.logsumexp(logits_1V, axis=-1, keepdims=True)
             mx.random.seed(_mix(self._seed, position))
         token: mx.array = self._sample(logits_1V)[0]
         return token
+
+    def accept(self, token: int) -> None:
+        """Go on in the grammar, if there is one, by the token that was sampled."""
+        if self._matcher is not None:
+            self._matcher.consume(token)
+
+
+def _logprobs(logits_V: mx.array, token: int, num_top: int) -> Logprobs:
+    logprobs_V = np.array((logits_V - mx.logsumexp(logits_V)).astype(mx.float32))
+    # Stable, so that of equal ones the lower id comes first, as with argmax.
+    top = np.argsort(-logprobs_V, kind="stable")[:num_top].tolist()
+    return Logprobs(float(logprobs_V[token]), [(t, float(logprobs_V[t])) for t in top])
 
 
 def _mix(seed: int, position: int) -> int:

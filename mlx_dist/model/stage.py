@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_dist.messages import KvCost, Row, Step
 from mlx_dist.model.cache import SlotCaches
 from mlx_dist.model.families import Anatomy, StandIn, hidden_argument, hidden_output
 
@@ -69,14 +70,24 @@ class _Started(StandIn):
 class Stage:
     """Layers [start, end) of `model`, with the embedding if first, norm and head if last.
 
-    Changes `model` so that it runs only this stage. The slots' caches are `slots`.
+    Changes `model` so that it runs only this stage. The slots' caches are `slots`, which takes
+    `batches` and `pads`.
     """
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, start: int, end: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        anatomy: Anatomy,
+        start: int,
+        end: int,
+        *,
+        batches: bool = True,
+        pads: bool = True,
+    ) -> None:
         assert 0 <= start < end <= anatomy.num_layers
         self.start, self.end = start, end
         self.is_first, self.is_last = start == 0, end == anatomy.num_layers
-        self.slots = SlotCaches(model, anatomy, start, end)
+        self.slots = SlotCaches(model, anatomy, start, end, batches=batches, pads=pads)
         self._model = model
         self._layers = anatomy.layers
         self._hidden_tail = anatomy.hidden_tail
@@ -96,28 +107,47 @@ class Stage:
         """The shape of what enters a stage other than the first: (B, L, D)."""
         return (num_sequences, num_tokens, *self._hidden_tail)
 
-    def forward(self, slot: int, tokens_BL: mx.array, hidden_BLD: mx.array | None) -> mx.array:
+    def forward(self, step: Step, hidden_BLD: mx.array | None) -> mx.array:
         """The hidden state (B, L, D) for the next stage or, from the last stage, logits (B, L, V).
 
-        `hidden_BLD` comes from the previous stage; the first stage takes None. Nothing is
-        computed yet; the caches of `slot` have grown by L tokens when it is.
+        `hidden_BLD` comes from the previous stage; the first stage takes None. Rows shorter than
+        L are padded on the right, and what comes out there means nothing. Nothing is computed
+        yet; when it is, the caches have grown by the tokens of `step`.
         """
         if not self.is_first:
             assert hidden_BLD is not None
             self._entrance.hidden_BLD = hidden_BLD
-        logits_BLV: mx.array = self._model(tokens_BL, cache=self.slots.of(slot))
-        self.slots.advance(slot, tokens_BL.shape[1])
+        lengths = [len(row.tokens) for row in step.rows]
+        caches = self.slots.of(step.microbatch, [row.slot for row in step.rows])
+        self.slots.pad(step.microbatch, lengths)
+        tokens_BL = mx.array(
+            [row.tokens + [0] * (max(lengths) - len(row.tokens)) for row in step.rows], mx.int32
+        )
+        logits_BLV: mx.array = self._model(tokens_BL, cache=caches)
+        self.slots.advance(step.microbatch, lengths)
         return logits_BLV if self.is_last else self._exit.hidden_BLD
 
     def forward_recorded(
-        self, slot: int, tokens_BL: mx.array, hidden_BLD: mx.array | None
+        self, step: Step, hidden_BLD: mx.array | None
     ) -> tuple[mx.array, list[mx.array]]:
         """As `forward`, and what each layer of this stage puts out (B, L, D)."""
         local = self._layers[self.start : self.end]
         recorded = [_Recorded(layer) for layer in local]
         self._layers[self.start : self.end] = recorded
         try:
-            output = self.forward(slot, tokens_BL, hidden_BLD)
+            output = self.forward(step, hidden_BLD)
         finally:
             self._layers[self.start : self.end] = local
         return output, [layer.hidden_BLD for layer in recorded]
+
+    def kv_cost(self) -> KvCost:
+        """What a sequence's caches cost here. Builds a forward pass and computes nothing."""
+        step = Step(0, [Row(0, 0, [0, 0])])
+        self.slots.open(0, [0], [None])
+        hidden_BLD = None
+        if not self.is_first:
+            hidden_BLD = mx.zeros(self.hidden_shape(*step.shape), self.hidden_dtype_in)
+        self.forward(step, hidden_BLD)
+        cost = self.slots.cost(0)
+        self.slots.close([0])
+        return cost

@@ -8,10 +8,16 @@ from mlx_dist.errors import ProtocolError
 from mlx_dist.messages import (
     HEADER_BYTES,
     Close,
+    Drop,
     Hidden,
     Identity,
+    Keep,
+    Logprobs,
+    Merge,
     Open,
+    Opening,
     Outcome,
+    Probe,
     Recording,
     Report,
     Row,
@@ -19,6 +25,7 @@ from mlx_dist.messages import (
     Shutdown,
     Step,
     Tokens,
+    Vitals,
     decode,
     encode,
     expect,
@@ -34,13 +41,28 @@ samplings = st.builds(
     logit_bias=st.dictionaries(counts, st.floats(-100, 100), max_size=4),
     seed=st.integers(0, 2**64 - 1),
 )
+openings = st.builds(Opening, counts, samplings, st.none() | counts, counts, tokens)
+vitals = st.lists(st.builds(Vitals, st.floats(0, 9), counts, counts), max_size=3)
+logprobs = st.none() | st.builds(
+    Logprobs, st.floats(-99, 0), st.lists(st.tuples(counts, st.floats(-99, 0)), max_size=3)
+)
 messages = st.one_of(
-    st.builds(Open, counts, samplings),
+    st.builds(Open, counts, st.lists(openings, max_size=3)),
+    st.builds(Merge, counts, counts),
+    st.builds(Keep, counts, counts),
+    st.builds(Drop, tokens),
+    st.just(Probe()),
     st.builds(Step, counts, st.lists(rows, min_size=1, max_size=4), st.booleans(), st.booleans()),
-    st.builds(Close, counts),
+    st.builds(Close, tokens),
     st.just(Shutdown()),
-    st.builds(Hidden, st.lists(counts, max_size=4), st.sampled_from(["float32", "bfloat16"])),
-    st.builds(Tokens, counts, tokens),
+    st.builds(
+        Hidden,
+        st.lists(counts, max_size=4),
+        st.sampled_from(["float32", "bfloat16"]),
+        st.none() | counts,
+        vitals,
+    ),
+    st.builds(Tokens, counts, tokens, st.lists(logprobs, max_size=3), vitals),
     st.builds(Outcome, st.none() | st.text()),
     st.builds(Identity, st.text(), st.dictionaries(st.text(), st.text())),
     st.builds(Recording, st.lists(st.lists(st.binary()))),
@@ -92,7 +114,7 @@ def test_another_wire_version_is_named():
 
 def test_a_known_message_of_the_wrong_kind_is_named():
     with pytest.raises(ProtocolError, match="Close arrived where Tokens was due"):
-        expect(Close(3), Tokens)
+        expect(Close([3]), Tokens)
 
 
 def test_the_header_has_the_documented_size():

@@ -13,12 +13,17 @@ preload_blas(1)
 
 from mlx_dist.cluster.world import join
 from mlx_dist.config import Dtype, Fabric
+from mlx_dist.engine.batching import Batching
+from mlx_dist.engine.kv import KvLedger, KvRoom
 from mlx_dist.engine.program import Leader, Rank
-from mlx_dist.engine.scheduler import Request
+from mlx_dist.engine.scheduler import Scheduler
+from mlx_dist.engine.sequence import Request
 from mlx_dist.engine.text import Tokenizer
 from mlx_dist.engine.transport import Transport
 from mlx_dist.messages import Sampling
 from mlx_dist.model.files import find_model
+from mlx_dist.model.grammar import Grammars
+from mlx_dist.model.sampling import Samplers
 from mlx_dist.model.stage import Stage
 from mlx_dist.model.weights import load_stage
 
@@ -41,16 +46,26 @@ with join(Fabric(sys.argv[1])) as world:
             files, lambda _n, s=start, e=end: (s, e), Dtype.auto, lambda _done, _total: None
         )
         stage = Stage(loaded.model, loaded.anatomy, start, end)
-        rank = Rank(stage, Transport(world), loaded.weights_bytes, 0.0)
+        grammars = Grammars(files.folder, files.config, stage.vocab_size)
+        rank = Rank(
+            stage=stage,
+            transport=Transport(world),
+            samplers=Samplers(stage.vocab_size, grammars.matcher),
+            grammars=grammars,
+            kv_room=KvRoom(stage.kv_cost(), 1 << 30),
+            weights_bytes=loaded.weights_bytes,
+            load_s=0.0,
+        )
         if not world.is_leader:
             rank.follow()
             continue
-        leader = Leader(rank, prefill_chunk=5)
+        ledger = KvLedger([rank.kv_room], slack=5)
+        leader = Leader(rank, Scheduler(Batching(prefill_chunk=5), ledger, world.size))
         answers = []
         for prompt, sampling in itertools.product(PROMPTS, SAMPLINGS):
             tokens = tokenizer.encode_prompt(prompt, None)
             request = Request(tokens, 24, sampling, tokenizer.stop_tokens)
-            answers.append(list(leader.stream(request)))
+            answers.append([e.token for e in leader.stream(request) if e.token is not None])
         leader.shutdown()
         results[str(stages)] = answers
     if world.is_leader:

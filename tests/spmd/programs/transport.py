@@ -14,7 +14,7 @@ import mlx.core as mx
 from mlx_dist.cluster.world import join
 from mlx_dist.config import Fabric
 from mlx_dist.engine.transport import Transport
-from mlx_dist.messages import Close, Open, Row, Sampling, Shutdown, Step, Tokens
+from mlx_dist.messages import Close, Open, Opening, Row, Sampling, Shutdown, Step, Tokens
 
 DTYPES = (mx.bfloat16, mx.float16, mx.float32)
 SHAPES = ((1, 1, 64), (4, 1, 1024), (1, 512, 1024), (2, 3, 5))
@@ -33,7 +33,12 @@ def same(a, b):
 
 with join(Fabric(sys.argv[1])) as world:
     transport = Transport(world)
-    plans = [Open(0, Sampling()), Step(0, [Row(0, 0, list(range(5000)))]), Close(0), Shutdown()]
+    plans = [
+        Open(0, [Opening(0, Sampling())]),
+        Step(0, [Row(0, 0, list(range(5000)))]),
+        Close([0]),
+        Shutdown(),
+    ]
     if world.is_leader:
         for plan in plans:
             transport.pass_plan(plan)
@@ -47,7 +52,7 @@ with join(Fabric(sys.argv[1])) as world:
             assert same(got, array)
         if not world.is_last:
             wrong = sys.argv[2] == "1" and world.is_leader
-            transport.send_hidden(got[:, :, :-1] if wrong else got)
+            transport.send_hidden(got[:, :, :-1] if wrong else got, [])
     for i in range(5):
         if world.is_last:
             transport.send_tokens(Tokens(0, [i]))

@@ -1,0 +1,180 @@
+"""What a long prompt costs its sender and the others, and what idling costs.
+
+    python -m benchmarks.long_prompts [first-token] [stall] [idle] [--rounds 3]
+        [--server ours] [--json FILE]
+
+The model, BLAS and threads of benchmarks.serving; without names, all three are measured. --server
+puts a peer through stall and idle.
+
+first-token  time to first token of a 2,048-token prompt on an idle server, at one rank and at two
+             in turn, and the ratio (bar 0.58)
+stall        8 streams decode on two ranks and a 2,048-token prompt comes: the 99th percentile of
+             their token gaps until its first token, over the median gap before (bar 2.5)
+idle         CPU share of each of two ranks over 60 s without a request (bar 3% of a core), and the
+             first token's time after that less that of a server that has just answered (bar 5 ms)
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+
+from benchmarks.load import Completion, Endpoint, Prompts, percentile
+from benchmarks.servers import KINDS, Kind, Running, cpu_s, running, write_model
+
+LONG_PROMPT_TOKENS = 2048
+NUM_STREAMS = 8
+IDLE_S = 60.0
+# The streams must outlive the long prompt; they are broken off when it has its first token.
+_STREAM_TOKENS = 1500
+_BEFORE_S = 6.0
+# A short prompt, so that the time is the server's waking and not its work.
+_SHORT_PROMPT_TOKENS = 4
+_NUM_BUSY = 8
+
+Measurement = dict[str, object]
+
+
+async def _ask(endpoint: Endpoint, prompts: Prompts, num_tokens: int) -> Completion:
+    request = await Completion(prompts.take(num_tokens), 1).run(endpoint)
+    if request.error is not None:
+        sys.exit(f"a prompt of {num_tokens} tokens failed: {request.error}")
+    return request
+
+
+def _first_token_s(server: Running, prompts: Prompts, num_tokens: int) -> float:
+    return asyncio.run(_ask(server.endpoint, prompts, num_tokens)).first_piece_s
+
+
+def first_token(_: Kind, model: Path, scratch: Path, rounds: int) -> Measurement:
+    """Both servers are up and take turns, so that a noisy machine is noisy for both."""
+    prompts = Prompts(1)
+    times_s: dict[str, list[float]] = {"ours1": [], "ours": []}
+    with (
+        running(KINDS["ours1"], model, scratch) as one,
+        running(KINDS["ours"], model, scratch) as two,
+    ):
+        for i in range(rounds + 1):
+            for name, server in (("ours1", one), ("ours", two)):
+                taken_s = _first_token_s(server, prompts, LONG_PROMPT_TOKENS)
+                if i:  # The first of each is the warm-up.
+                    times_s[name].append(taken_s)
+    one_s, two_s = (median(times) for times in times_s.values())
+    print(
+        f"first token of {LONG_PROMPT_TOKENS} tokens: {one_s:.3f} s at one rank, {two_s:.3f} s at "
+        f"two; ratio {two_s / one_s:.3f} (bar 0.58)"
+    )
+    return {"one_rank_s": times_s["ours1"], "two_ranks_s": times_s["ours"], "ratio": two_s / one_s}
+
+
+async def _stall_once(endpoint: Endpoint, prompts: Prompts) -> tuple[list[float], list[float]]:
+    """The token gaps of all streams before the long prompt was sent, and until its first token."""
+    streams = [Completion(prompts.take(32), _STREAM_TOKENS) for _ in range(NUM_STREAMS)]
+    tasks = [asyncio.create_task(stream.run(endpoint)) for stream in streams]
+    try:
+        while any(len(stream.piece_times_s) < 8 for stream in streams):
+            await asyncio.sleep(0.05)
+        start_s = time.perf_counter()
+        await asyncio.sleep(_BEFORE_S)
+        long = await _ask(endpoint, prompts, LONG_PROMPT_TOKENS)
+        # The gaps that are open now belong to the long prompt too.
+        while any(stream.piece_times_s[-1] < long.ended_s for stream in streams):
+            await asyncio.sleep(0.05)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    if any(task.done() and not task.cancelled() for task in tasks):
+        sys.exit("a stream ended before the long prompt had its first token")
+    before = [gap for stream in streams for gap in _gaps(stream, start_s, long.sent_s)]
+    during = [gap for stream in streams for gap in _gaps(stream, long.sent_s, long.ended_s)]
+    return before, during
+
+
+def _gaps(stream: Completion, start_s: float, end_s: float) -> list[float]:
+    """The gaps that overlap [start_s, end_s)."""
+    times = stream.piece_times_s
+    return [b - a for a, b in pairwise(times) if a < end_s and b > start_s]
+
+
+def stall(kind: Kind, model: Path, scratch: Path, rounds: int) -> Measurement:
+    prompts = Prompts(2)
+    before: list[float] = []
+    during: list[float] = []
+    with running(kind, model, scratch) as server:
+        _first_token_s(server, prompts, LONG_PROMPT_TOKENS)
+        for _ in range(rounds):
+            some_before, some_during = asyncio.run(_stall_once(server.endpoint, prompts))
+            before += some_before
+            during += some_during
+    usual_s, worst_s = median(before), percentile(during, 99)
+    print(
+        f"token gap of {NUM_STREAMS} streams: median {1e3 * usual_s:.0f} ms before, 99% "
+        f"{1e3 * worst_s:.0f} ms (median {1e3 * median(during):.0f}) during a "
+        f"{LONG_PROMPT_TOKENS}-token prompt; ratio {worst_s / usual_s:.2f} (bar 2.5)"
+    )
+    return {"median_before_s": usual_s, "p99_during_s": worst_s, "ratio": worst_s / usual_s}
+
+
+def idle(kind: Kind, model: Path, scratch: Path, rounds: int) -> Measurement:
+    prompts = Prompts(3)
+    shares: list[list[float]] = []
+    busy_s: list[float] = []
+    woken_s: list[float] = []
+    with running(kind, model, scratch) as server:
+        pids = server.rank_pids()
+        for _ in range(rounds):
+            # The first comes after a pause.
+            _first_token_s(server, prompts, _SHORT_PROMPT_TOKENS)
+            busy_s += [
+                _first_token_s(server, prompts, _SHORT_PROMPT_TOKENS) for _ in range(_NUM_BUSY)
+            ]
+            before, start_s = [cpu_s(pid) for pid in pids], time.perf_counter()
+            time.sleep(IDLE_S)
+            used = [cpu_s(pid) - at_start for pid, at_start in zip(pids, before, strict=True)]
+            shares.append([each / (time.perf_counter() - start_s) for each in used])
+            woken_s.append(_first_token_s(server, prompts, _SHORT_PROMPT_TOKENS))
+    most = [max(of_rank) for of_rank in zip(*shares, strict=True)]
+    extra_ms = 1e3 * (median(woken_s) - median(busy_s))
+    print(
+        f"idle for {IDLE_S:.0f} s: CPU {', '.join(f'{100 * share:.1f}%' for share in most)} of a "
+        f"core by rank (bar 3%); the first token then takes {1e3 * median(woken_s):.1f} ms, "
+        f"{extra_ms:+.1f} ms over a busy server's (bar 5 ms)"
+    )
+    return {"cpu_shares": shares, "busy_s": busy_s, "woken_s": woken_s, "extra_ms": extra_ms}
+
+
+_MEASUREMENTS = {"first-token": first_token, "stall": stall, "idle": idle}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(_MEASUREMENTS))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--server", choices=KINDS, default="ours", help="for stall and idle")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    if unknown := set(options.names) - _MEASUREMENTS.keys():
+        parser.error(f"no measurement {', '.join(sorted(unknown))}")
+    results: dict[str, Measurement] = {}
+    with tempfile.TemporaryDirectory(prefix="long-prompts-") as scratch:
+        model = Path(scratch) / "model"
+        write_model(model)
+        for name in options.names or _MEASUREMENTS:
+            measure = _MEASUREMENTS[name]
+            results[name] = measure(KINDS[options.server], model, Path(scratch), options.rounds)
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""How many sequences run together, from measured step times. Pure: knows times, no arrays.
+
+P stages are busy all the time if P microbatches are in flight. Whether more sequences in each
+are worth it depends on what a step of that size takes.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+
+from mlx_dist.errors import ConfigError
+
+# A larger microbatch must bring this much more tokens a second.
+_WORTHWHILE = 1.05
+# Prompts may lengthen a stream's gaps between tokens to this many times what they are.
+_LONGEST_GAP = 2.2
+_TYPICAL_PROMPT = 2048
+
+Curve = Mapping[int, tuple[float, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """Measured seconds of each stage's part of a step, on every rank.
+
+    `decode` by sequences of one token each, `prefill` by tokens of one sequence. `hop_s` is what
+    a step takes longer through the whole pipe than the stages compute.
+    """
+
+    decode: Curve
+    prefill: Curve
+    hop_s: float = 0.0
+
+    def decode_s(self, num_sequences: int) -> float:
+        """Seconds of the slowest stage."""
+        return max(interpolate(self.decode, num_sequences))
+
+    def prefill_s(self, num_tokens: int) -> float:
+        """Seconds of the slowest stage."""
+        return max(interpolate(self.prefill, num_tokens))
+
+    def tokens_per_s(self, num_microbatches: int, num_sequences: int) -> float:
+        """What all streams get together: M b / max(M max t(b), sum of t(b), and the hops)."""
+        stages_s = interpolate(self.decode, num_sequences)
+        turn_s = max(num_microbatches * max(stages_s), sum(stages_s) + self.hop_s)
+        return num_microbatches * num_sequences / turn_s
+
+    def round_s(self, sizes: list[int]) -> float:
+        """Seconds in which every sequence of microbatches of these sizes gets a token."""
+        latency_s = sum(interpolate(self.decode, max(sizes))) + self.hop_s
+        return max(sum(self.decode_s(size) for size in sizes), latency_s)
+
+    def prompt_s(self, num_tokens: int, chunk: int) -> float:
+        """Seconds of a prompt's way through the idle pipe in chunks."""
+        stages_s = interpolate(self.prefill, min(chunk, num_tokens))
+        return sum(stages_s) + (-(-num_tokens // chunk) - 1) * max(stages_s)
+
+    def prefill_beside(self, sizes: list[int], slowdown: float) -> int:
+        """The most prompt tokens of one step beside microbatches of these sizes.
+
+        A round takes that step longer, and whoever is right behind it waits for it at each stage.
+        """
+        round_s = self.round_s(sizes)
+        num_stages = len(next(iter(self.decode.values())))
+        step_s = round_s * min(_LONGEST_GAP - 1, _LONGEST_GAP / num_stages)
+        return self.prefill_within(step_s / slowdown)
+
+    def prefill_within(self, seconds: float) -> int:
+        """The most prompt tokens whose step keeps every stage busy for no longer.
+
+        Not less than the least that was measured: fewer take hardly less.
+        """
+        low, high = min(self.prefill), max(self.prefill)
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.prefill_s(middle) <= seconds else (low, middle - 1)
+        return low
+
+
+@dataclass(frozen=True, slots=True)
+class Batching:
+    """What the scheduler may put together.
+
+    Up to `num_microbatches` of up to `max_sequences` decode at a time. A step has at most
+    `prefill_chunk` prompt tokens while nothing decodes; while something does, it has what `times`
+    allow, or `prefill_share` without them. Prompts of several lengths share one if it `pads`.
+    """
+
+    num_microbatches: int = 1
+    max_sequences: int = 1
+    prefill_chunk: int = 512
+    prefill_share: int = 64
+    times: StepTimes | None = None
+    pads: bool = True
+
+    def prefill_tokens(self, decoding: list[int], slowdown: float) -> int:
+        """The prompt tokens of the next step, beside microbatches of these sizes.
+
+        `slowdown` is how much longer the last ones took than their times say.
+        """
+        if not decoding:
+            return self.prefill_chunk
+        if self.times is None:
+            return min(self.prefill_share, self.prefill_chunk)
+        return min(self.times.prefill_beside(decoding, slowdown), self.prefill_chunk)
+
+
+def choose(times: StepTimes, num_stages: int, most_sequences: int) -> Batching:
+    """The batching that serves most tokens a second, with no more sequences than it takes.
+
+    `most_sequences` bounds a microbatch.
+    """
+    sizes = [size for size in sorted(times.decode) if size <= most_sequences] or [1]
+    size = sizes[0]
+    for _smaller, larger in pairwise(sizes):
+        gain = times.tokens_per_s(num_stages, larger) / times.tokens_per_s(num_stages, size)
+        size = larger if gain > _WORTHWHILE else size
+    best = max(range(1, num_stages + 1), key=lambda m: (times.tokens_per_s(m, size), -m))
+    chunk = min(sorted(times.prefill), key=lambda n: times.prompt_s(_TYPICAL_PROMPT, n))
+    return Batching(best, size, chunk, times=times)
+
+
+def parse_batching(text: str) -> Batching:
+    """The batching in "fixed:M,B,C": microbatches, sequences of each, prompt tokens of a step.
+
+    Raises ConfigError if it is not that.
+    """
+    kind, _, numbers = text.partition(":")
+    try:
+        microbatches, sequences, chunk = (int(part) for part in numbers.split(","))
+    except ValueError:
+        microbatches = sequences = chunk = 0
+    if kind != "fixed" or min(microbatches, sequences, chunk) < 1 or sequences > 1024:
+        raise ConfigError(
+            f"--batching {text!r} is neither auto nor fixed:MICROBATCHES,SEQUENCES,CHUNK, "
+            "as in fixed:2,16,256"
+        )
+    return Batching(microbatches, sequences, chunk, prefill_share=min(64, chunk))
+
+
+def interpolate(curve: Curve, size: int) -> tuple[float, ...]:
+    """The seconds at `size`, on straight lines between what was measured and beyond."""
+    sizes = sorted(curve)
+    if len(sizes) == 1 or size in curve:
+        return curve[size if size in curve else sizes[0]]
+    right = min(max(1, bisect_left(sizes, size)), len(sizes) - 1)
+    a, b = sizes[right - 1], sizes[right]
+    part = (size - a) / (b - a)
+    return tuple(
+        max(low + part * (high - low), 0.0) for low, high in zip(curve[a], curve[b], strict=True)
+    )

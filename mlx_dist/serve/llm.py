@@ -1,0 +1,292 @@
+"""The Python API: prompts in, text out, over all ranks. The command line and the shim use it.
+
+    from mlx_dist import LLM
+
+    with LLM("path/to/model") as llm:
+        for text in llm.stream("Once upon a time", max_tokens=64):
+            print(text, end="", flush=True)
+
+Started with `mpirun -np 3 python program.py`, every rank builds an `LLM`. Only the first goes on
+with the program; the others serve it inside the constructor and end when it is closed.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any
+
+from mlx_dist.cluster import launch
+from mlx_dist.cluster.blas import preload_blas
+from mlx_dist.config import RunConfig
+from mlx_dist.engine import calibrate
+from mlx_dist.engine.batching import Batching, choose, parse_batching
+from mlx_dist.engine.program import Leader, Rank
+from mlx_dist.engine.sequence import Request
+from mlx_dist.engine.session import Session, open_session
+from mlx_dist.engine.text import ChatPrompt, Tokenizer
+from mlx_dist.errors import PromptTooLongError, RequestError
+from mlx_dist.messages import Report, Sampling
+from mlx_dist.params import Params
+from mlx_dist.serve.generation import Chunk, Completion, Generation, Usage, completion_of
+from mlx_dist.serve.stats import RankInfo, Stats, stats_of
+
+__all__ = ["LLM", "Chunk", "Completion", "Generation", "Params", "RankInfo", "Stats", "Usage"]
+
+_MOST_SEQUENCES = 64  # in a microbatch
+_MOST_UNASKED = 4096  # tokens of an answer whose length nobody bounds
+_LONGEST_PROMPT = 1 << 20
+
+Progress = Callable[[int, int], None]
+Messages = Sequence[Mapping[str, Any]]
+
+
+class LLM:
+    """A model on all ranks, open for any number of prompts at a time.
+
+    `generate`, `stream` and `chat` run the engine themselves when they are called in the thread
+    that made the LLM; in another thread they wait for one that `run`s it there.
+    """
+
+    def __init__(
+        self,
+        model: str | RunConfig,
+        *,
+        blas: str | None = None,
+        progress: Progress = lambda _done, _total: None,
+        before_load: Callable[[Tokenizer], None] = lambda _tokenizer: None,
+        **options: Any,
+    ) -> None:
+        """Join the other ranks and load this one's part of the model.
+
+        `model` is a folder or a hub id, with the fields of `RunConfig` as options, or a
+        `RunConfig`. On ranks but the first this serves until the first is closed, and then ends
+        the process. `before_load` may refuse, on the first rank, before any weights are read.
+        Raises MlxDistError, on every rank, if any rank cannot take part.
+        """
+        self._is_closed = False
+        config = model if isinstance(model, RunConfig) else RunConfig(model, **options)
+        blas = blas or preload_blas(launch.threads_per_rank())
+        with ExitStack() as stack:
+            session = stack.enter_context(open_session(config, blas))
+            with session.world.agreement():
+                if session.tokenizer is not None:
+                    before_load(session.tokenizer)
+            rank = session.load(progress)
+            self._reports = session.reports(rank)
+            if session.tokenizer is None:
+                rank.follow()
+                session.reports(rank)
+                stack.close()
+                sys.exit(0)
+            self.tokenizer = session.tokenizer
+            self.name = session.files.repo or session.files.folder.name
+            self.grammars = rank.grammars
+            self._session, self._rank = session, rank
+            self._leader = _leader(session, rank, self._reports)
+            self._owner = threading.get_ident()
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._leader.is_broken:
+            # A rank that stopped in the middle of a plan cannot end in order.
+            self._stack.__exit__(kind, error, traceback)
+        else:
+            self.close()
+
+    @property
+    def reports(self) -> list[Report]:
+        """Every rank's account of itself, after loading or, once closed, of the whole run."""
+        return self._reports
+
+    def close(self) -> None:
+        """Let all ranks end. Answers under way are dropped."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._leader.shutdown()
+            self._reports = self._session.reports(self._rank)
+            self._stack.close()
+
+    def generate(self, prompt: str, **params: Any) -> Completion:
+        """The answer to `prompt` as it is, without a chat template.
+
+        `params` are `max_tokens`, `stop` (a string or several) and the fields of `Sampling`, as
+        in `temperature=0.7, seed=1`. Raises RequestError for what cannot be served.
+        """
+        generation = self._begin(self.tokenizer.encode_text(prompt), params)
+        return completion_of(list(self.chunks(generation)))
+
+    def stream(self, prompt: str, **params: Any) -> Iterator[str]:
+        """As `generate`: the text piece by piece, as it comes."""
+        generation = self._begin(self.tokenizer.encode_text(prompt), params)
+        return (chunk.piece.text for chunk in self.chunks(generation))
+
+    def chat(
+        self,
+        messages: Messages,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **params: Any,
+    ) -> Completion:
+        """The assistant's answer to `messages`, as OpenAI writes them. Raises RequestError."""
+        return completion_of(list(self.stream_chat(messages, tools=tools, **params)))
+
+    def stream_chat(
+        self,
+        messages: Messages,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **params: Any,
+    ) -> Iterator[Chunk]:
+        """As `chat`: chunks as they come, with text, reasoning and tool calls apart."""
+        prompt = self.tokenizer.encode_chat(messages, tools)
+        return self.chunks(self._begin(prompt, params, tools))
+
+    def open(
+        self,
+        prompt: ChatPrompt | tuple[int, ...],
+        params: Params,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        on_news: Callable[[], None] = lambda: None,
+    ) -> Generation:
+        """Begin an answer, from any thread.
+
+        `on_news` is called in the engine's thread whenever there is something to take, and must
+        return at once. Raises RequestError for what can never be served, QueueFullError or
+        NotReadyError for what cannot be served now; no rank hears of it then.
+        """
+        is_chat = isinstance(prompt, ChatPrompt)
+        chat = prompt if isinstance(prompt, ChatPrompt) else ChatPrompt(prompt, ())
+        params.check()
+        self._check_ids(chat.tokens, params.sampling)
+        request = Request(
+            chat.tokens,
+            self._max_tokens(chat.tokens, params.max_tokens),
+            params.sampling,
+            self.tokenizer.stop_tokens,
+            chat.borders,
+        )
+        reader = self.tokenizer.reader(
+            params.stop, tools=tools, is_chat=is_chat, prompt=chat.tokens
+        )
+        return Generation(reader, request, self._leader, on_news)
+
+    def chunks(self, generation: Generation) -> Iterator[Chunk]:
+        """The chunks of a generation as they come. Leaving early cancels it."""
+        try:
+            while not generation.is_finished:
+                if chunk := generation.take():
+                    yield chunk
+                elif threading.get_ident() == self._owner:
+                    self._leader.turn()
+                else:
+                    generation.wait()
+        finally:
+            generation.cancel()
+
+    def run(self) -> None:
+        """Serve what other threads open, until all is done after `drain`."""
+        self._leader.run()
+
+    def drain(self) -> None:
+        """Take no new prompts, from any thread; `run` returns when the last is done."""
+        self._leader.drain()
+
+    def stats(self) -> Stats:
+        """What is going on, in numbers, from any thread."""
+        with self._leader.held():
+            return stats_of(self._leader, self._reports)
+
+    def _begin(
+        self,
+        prompt: ChatPrompt | tuple[int, ...],
+        params: dict[str, Any],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Generation:
+        max_tokens, stop = params.pop("max_tokens", None), params.pop("stop", ())
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        try:
+            sampling = Sampling(**params)
+        except TypeError as error:
+            raise RequestError(f"there is no such parameter: {error}") from None
+        return self.open(prompt, Params(max_tokens, sampling, stops), tools=tools)
+
+    def _max_tokens(self, prompt: tuple[int, ...], asked: int | None) -> int:
+        """What is asked for, as far as the model's context and the KV memory leave it.
+
+        Raises PromptTooLongError if they leave nothing.
+        """
+        context = self.tokenizer.context_tokens
+        if context is not None and len(prompt) >= context:
+            raise PromptTooLongError(
+                f"the prompt has {len(prompt)} tokens and the model takes {context} with the "
+                "answer; shorten it"
+            )
+        limits = [] if asked is None else [asked]
+        if context is not None:
+            limits.append(context - len(prompt))
+        if asked is None:
+            most = self._leader.scheduler.ledger.most_tokens() - len(prompt)
+            limits.append(max(1, min(most, _MOST_UNASKED)))
+        return min(limits)
+
+    def _check_ids(self, prompt: tuple[int, ...], sampling: Sampling) -> None:
+        vocab_size = self._rank.stage.vocab_size
+        if not prompt:
+            raise RequestError("the prompt has no tokens; give it some text")
+        for name, ids in (("the prompt", prompt), ("logit_bias", sampling.logit_bias)):
+            for token in ids:
+                if not 0 <= token < vocab_size:
+                    raise RequestError(
+                        f"{name} names token {token} and the model has ids 0 to {vocab_size - 1}"
+                    )
+
+
+def _leader(session: Session, rank: Rank, reports: list[Report]) -> Leader:
+    """A leader with the configured batching or one that is chosen by measuring."""
+    config, slots = session.config, rank.stage.slots
+    if config.batching != "auto":
+        batching = parse_batching(config.batching)
+    else:
+        batching = _measured(session, rank, reports)
+    if not slots.can_batch:
+        _log(f"{session.files.name}: this family's caches cannot be batched: one sequence each")
+    return session.leader(rank, reports, batching, config.max_queue, config.reuse_prefixes)
+
+
+def _measured(session: Session, rank: Rank, reports: list[Report]) -> Batching:
+    start = time.monotonic()
+    most = _MOST_SEQUENCES if rank.stage.slots.can_batch else 1
+    context_tokens = session.tokenizer.context_tokens if session.tokenizer else None
+    times, is_remembered = calibrate.remembered(
+        session.facts | {"layers": str([r.layers for r in reports]), "hosts": session.world.hosts},
+        session.leader(rank, reports, Batching()),
+        most,
+        context_tokens or _LONGEST_PROMPT,
+    )
+    batching = choose(times, len(reports), most)
+    rate = times.tokens_per_s(batching.num_microbatches, batching.max_sequences)
+    how = "from an earlier start" if is_remembered else f"in {time.monotonic() - start:.1f} s"
+    _log(
+        f"{batching.num_microbatches} microbatches of up to {batching.max_sequences} sequences, "
+        f"prompts in steps of {batching.prefill_chunk} tokens; {rate:.0f} tokens/s predicted by "
+        f"step times measured {how}"
+    )
+    return batching
+
+
+def _log(line: str) -> None:
+    print(f"mlx-dist: {line}", file=sys.stderr, flush=True)
