@@ -18,6 +18,7 @@ from mlx_dist.cluster import launch
 from mlx_dist.cluster.blas import preload_blas
 from mlx_dist.config import Dtype, Fabric, RunConfig, parse_layers
 from mlx_dist.demo import MODEL_DIR
+from mlx_dist.engine.batching import parse_batching
 from mlx_dist.errors import ConfigError, RequestError
 from mlx_dist.messages import Sampling
 from mlx_dist.params import Params
@@ -42,7 +43,8 @@ PrefillChunk = Annotated[int, typer.Option(help="Most prompt tokens in one step.
 JacclDevices = Annotated[Path | None, typer.Option(help="Device matrix for --fabric jaccl.")]
 KvMemory = Annotated[float | None, typer.Option(help="Memory for sequences on each rank, in GB.")]
 Batching = Annotated[
-    str, typer.Option(help="auto, or fixed:MICROBATCHES,SEQUENCES,CHUNK as in fixed:2,16,256.")
+    str,
+    typer.Option(help="auto, measure, or fixed:M,B,C: microbatches, sequences of each, chunk."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
@@ -266,6 +268,12 @@ def serve(
         stop_timeout_s=stop_timeout_s,
         access_log=access_log,
     )
+    parse_batching(batching)
+    if max_choices > max_queue:
+        raise ConfigError(
+            f"--max-choices {max_choices} is more than --max-queue {max_queue}; a request of so "
+            "many could never be taken"
+        )
     blas = _become_ranks(num_ranks, hostfile)
 
     from mlx_dist.server import run_server

@@ -33,9 +33,9 @@ class RunConfig:
 
     `layers` holds the number of layers of each rank, or None for an even split. `prefill_chunk`
     is the largest number of prompt tokens in one step. `kv_memory_gb` is what sequences may fill
-    on each rank, or None for a share of what is free. `batching` is "auto" or
-    "fixed:MICROBATCHES,SEQUENCES,CHUNK". At most `max_queue` requests wait. With `reuse_prefixes`
-    caches are kept for prompts that begin like earlier ones.
+    on each rank, or None for a share of what is free. `batching` is "auto", "measure" or
+    "fixed:MICROBATCHES,SEQUENCES,CHUNK". At most `max_queue` requests wait. With
+    `reuse_prefixes` caches are kept for prompts that begin like earlier ones.
     """
 
     model: str

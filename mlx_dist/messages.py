@@ -17,6 +17,8 @@ from mlx_dist.errors import ProtocolError
 
 MAGIC = b"MXDW"
 WIRE_VERSION = 2
+# The number of last tokens that penalties look at, mlx-lm's default.
+PENALTY_CONTEXT = 20
 _HEADER = struct.Struct("<4sIIII")
 HEADER_BYTES = _HEADER.size
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import threading
 from types import FrameType
 
 from mlx_dist import display
@@ -34,13 +35,14 @@ def run_server(config: RunConfig, http: HttpConfig, blas: str) -> None:
         )
         _drain_on_signal(llm, launch.launched_size() == 1)
         llm.run()
+        print("mlx-dist: drained", file=sys.stderr, flush=True)
         server.stop()
 
 
 def _drain_on_signal(llm: LLM, is_alone: bool) -> None:
     def drain(number: int, _frame: FrameType | None) -> None:
-        print("mlx-dist: draining; the same again ends at once", file=sys.stderr, flush=True)
-        llm.drain()
+        # In another thread: this one may be in the middle of a turn and hold its lock.
+        threading.Thread(target=llm.drain).start()
         signal.signal(number, signal.SIG_DFL)
 
     # Under mpirun, SIGINT and SIGTERM leave a quarter of a second.

@@ -15,10 +15,8 @@ from mlx_dist.engine.kv import KvLedger
 from mlx_dist.engine.prefix import Match, PrefixIndex
 from mlx_dist.engine.sequence import Request, Sequence
 from mlx_dist.errors import NotReadyError, PromptTooLongError, QueueFullError
-from mlx_dist.messages import Drop, Keep, Opening, Plan
+from mlx_dist.messages import PENALTY_CONTEXT, Drop, Keep, Opening, Plan
 
-# The last cached tokens that a sampler is told of: its penalties look no further back.
-_PENALTY_CONTEXT = 20
 # Fewer tokens are computed about as fast as they are copied.
 _LEAST_REUSED = 8
 
@@ -183,7 +181,7 @@ class Admission:
                 sequence.request.sampling,
                 match.entry_id if match else None,
                 num_cached,
-                list(sequence.cached[-_PENALTY_CONTEXT:]),
+                list(sequence.cached[-PENALTY_CONTEXT:]),
             )
         )
         return True

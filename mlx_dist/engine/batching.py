@@ -123,11 +123,13 @@ def choose(times: StepTimes, num_stages: int, most_sequences: int) -> Batching:
     return Batching(best, size, chunk, times=times)
 
 
-def parse_batching(text: str) -> Batching:
+def parse_batching(text: str) -> Batching | None:
     """The batching in "fixed:M,B,C": microbatches, sequences of each, prompt tokens of a step.
 
-    Raises ConfigError if it is not that.
+    None for "auto" and "measure", which are chosen by step times. Raises ConfigError for others.
     """
+    if text in ("auto", "measure"):
+        return None
     kind, _, numbers = text.partition(":")
     try:
         microbatches, sequences, chunk = (int(part) for part in numbers.split(","))
@@ -135,8 +137,8 @@ def parse_batching(text: str) -> Batching:
         microbatches = sequences = chunk = 0
     if kind != "fixed" or min(microbatches, sequences, chunk) < 1 or sequences > 1024:
         raise ConfigError(
-            f"--batching {text!r} is neither auto nor fixed:MICROBATCHES,SEQUENCES,CHUNK, "
-            "as in fixed:2,16,256"
+            f"--batching {text!r} is none of auto, measure and "
+            "fixed:MICROBATCHES,SEQUENCES,CHUNK, as in fixed:2,16,256"
         )
     return Batching(microbatches, sequences, chunk, prefill_share=min(64, chunk))
 

@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -44,7 +45,7 @@ def measure(leader: Leader, most_sequences: int, context_tokens: int, budget_s: 
     for size in _powers(16, min(_LARGEST_CHUNK, context_tokens - 1)):
         if not fits([[size]], None):
             break
-        prefill[size] = min(_prefill_s(leader, size) for _ in range(2))
+        prefill[size] = min((_prefill_s(leader, size) for _ in range(2)), key=sum)
         if time.monotonic() - begun > budget_s / 2:
             break
     # A model of a tiny context has no chunk to measure.
@@ -52,22 +53,27 @@ def measure(leader: Leader, most_sequences: int, context_tokens: int, budget_s: 
 
 
 def remembered(
-    facts: Mapping[str, object], leader: Leader, most_sequences: int, context_tokens: int
+    facts: Mapping[str, object],
+    leader: Leader,
+    most_sequences: int,
+    context_tokens: int,
+    is_fresh: bool,
 ) -> tuple[StepTimes, bool]:
     """Step times for a placement, and whether they are from an earlier start.
 
-    `facts` tell this placement from others.
+    `facts` tell this placement from others. With `is_fresh` it is measured in any case.
     """
     key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
     path = _cache_folder() / f"{key}.json"
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=StepTimes), True
-    except (OSError, msgspec.DecodeError):
-        pass
+    with suppress(OSError, msgspec.DecodeError):
+        if not is_fresh:
+            return msgspec.json.decode(path.read_bytes(), type=StepTimes), True
     times = measure(leader, most_sequences, context_tokens, budget_s=4.0)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(msgspec.json.encode(times))
+        whole = path.with_suffix(f".{os.getpid()}")
+        whole.write_bytes(msgspec.json.encode(times))
+        whole.replace(path)
     except OSError as error:
         print(f"mlx-dist: step times are not remembered: {error}", file=sys.stderr)
     return times, False

@@ -256,6 +256,7 @@ class Scheduler:
                 next(self._numbers), self._microbatches[group.target], group.sequences
             )
             prefill.target.coming += group.sequences
+            self.num_prompt_tokens += sum(len(s.request.prompt) for s in group.sequences)
             self._ready += (*group.plans, Open(prefill.number, group.openings))
             self._prefills.append(prefill)
             # With all of its prompts reused, it has nothing to run.
@@ -278,7 +279,6 @@ class Scheduler:
             rows.append(
                 self._advance(sequence, list(sequence.request.prompt[start : start + num_tokens]))
             )
-        self.num_prompt_tokens += sum(len(row.tokens) for row in rows)
         record = prefill.sequences[0].request.record
         step = Step(prefill.number, rows, sample=False, record=record)
         times = self.batching.times

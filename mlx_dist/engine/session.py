@@ -28,6 +28,7 @@ from mlx_dist.engine.program import Leader, Rank
 from mlx_dist.engine.scheduler import Scheduler
 from mlx_dist.engine.text import Tokenizer
 from mlx_dist.engine.transport import Transport
+from mlx_dist.errors import ConfigError
 from mlx_dist.messages import WIRE_VERSION, Report, expect
 from mlx_dist.model.families import family_of
 from mlx_dist.model.files import ModelFiles, find_model
@@ -38,9 +39,14 @@ from mlx_dist.model.verdicts import UNBATCHED, UNPADDED
 from mlx_dist.model.weights import load_stage
 
 # What these name is a rank's own; any other MLX_ variable must be equal everywhere.
-_OWN_VARIABLES = LOCAL_VARIABLES | {"MLX_DIST_TERMINAL_WIDTH", "MLX_DIST_TRACE"}
+_OWN_VARIABLES = LOCAL_VARIABLES | {
+    "MLX_DIST_API_KEY",
+    "MLX_DIST_TERMINAL_WIDTH",
+    "MLX_DIST_TRACE",
+}
 # Of the memory that is free once the weights are in, what sequences may fill.
 _KV_SHARE = 0.6
+_LEAST_TOKENS = 64
 
 Progress = Callable[[int, int], None]
 
@@ -76,13 +82,15 @@ class Session:
             )
             if self.tokenizer is not None:
                 self.tokenizer.check_vocabulary(stage.vocab_size)
+            kv_room = KvRoom(stage.kv_cost(), self._kv_budget_bytes())
+            _check_room(kv_room)
         grammars = Grammars(self.files.folder, self.files.config, stage.vocab_size)
         return Rank(
             stage=stage,
             transport=Transport(self.world),
             samplers=Samplers(stage.vocab_size, grammars.matcher),
             grammars=grammars,
-            kv_room=KvRoom(stage.kv_cost(), self._kv_budget_bytes()),
+            kv_room=kv_room,
             weights_bytes=loaded.weights_bytes,
             load_s=time.perf_counter() - start,
         )
@@ -152,6 +160,14 @@ def open_session(config: RunConfig, blas: str) -> Iterator[Session]:
         facts = _facts(config, world, files, blas)
         world.compare(facts)
         yield Session(world, config, files, tokenizer, facts)
+
+
+def _check_room(room: KvRoom) -> None:
+    if not KvLedger([room], slack=0).fits([[_LEAST_TOKENS]], None):
+        raise ConfigError(
+            f"{room.budget_bytes / 1e9:.4f} GB of KV memory do not hold even a short sequence; "
+            "give --kv-memory-gb more, or use a smaller model"
+        )
 
 
 def _facts(config: RunConfig, world: World, files: ModelFiles, blas: str) -> dict[str, str]:

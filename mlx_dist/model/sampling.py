@@ -16,10 +16,8 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
-from mlx_dist.messages import Logprobs, Opening, Row, Sampling
+from mlx_dist.messages import PENALTY_CONTEXT, Logprobs, Opening, Row, Sampling
 
-# The number of last tokens that penalties look at, mlx-lm's default.
-_PENALTY_CONTEXT = 20
 _MASK_64 = (1 << 64) - 1
 
 
@@ -107,18 +105,18 @@ class SlotSampler:
         self._processors = make_logits_processors(
             logit_bias=sampling.logit_bias or None,
             repetition_penalty=repetition if repetition != 1 else None,
-            repetition_context_size=_PENALTY_CONTEXT,
+            repetition_context_size=PENALTY_CONTEXT,
             presence_penalty=sampling.presence_penalty or None,
-            presence_context_size=_PENALTY_CONTEXT,
+            presence_context_size=PENALTY_CONTEXT,
             frequency_penalty=sampling.frequency_penalty or None,
-            frequency_context_size=_PENALTY_CONTEXT,
+            frequency_context_size=PENALTY_CONTEXT,
         )
         self.is_plain = self._is_greedy and not self._processors and matcher is None
-        self._last_tokens: deque[int] = deque(maxlen=_PENALTY_CONTEXT)
+        self._last_tokens: deque[int] = deque(maxlen=PENALTY_CONTEXT)
 
     def observe(self, tokens: list[int]) -> None:
         """Note tokens that the sequence has grown by."""
-        self._last_tokens.extend(tokens[-_PENALTY_CONTEXT:])
+        self._last_tokens.extend(tokens[-PENALTY_CONTEXT:])
 
     def sample(self, logits_V: mx.array, position: int) -> mx.array:
         """The token id, a scalar array, that follows the sequence's first `position` tokens."""

@@ -80,7 +80,7 @@ class Guard:
         if not (is_known or (is_wildcard(self._config.host) and is_ip(name))):
             raise ApiError(
                 403,
-                f"the Host header {host[:100]!r} is not served; start with --allowed-hosts",
+                f"the Host header {host[:100]!r} is not served; start with --allowed-host",
                 code="host_not_allowed",
             )
 
@@ -92,7 +92,7 @@ class Guard:
         if origin.lower() != f"{scope['scheme']}://{headers['host']}".lower():
             raise ApiError(
                 403,
-                f"pages of {origin[:100]!r} may not call; start with --cors-origins",
+                f"pages of {origin[:100]!r} may not call; start with --cors-origin",
                 code="origin_not_allowed",
             )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import math
+import os
 import resource
 import socket
 import threading
@@ -92,6 +93,7 @@ def _uvicorn_config(shim: Shim) -> uvicorn.Config:
         log_config=LOGGING_CONFIG if config.access_log else None,
         log_level="info" if config.access_log else "error",
         access_log=config.access_log,
+        use_colors=False,
         proxy_headers=False,
         server_header=False,
         backlog=_BACKLOG,
@@ -148,7 +150,7 @@ def _listen(host: str, port: int) -> socket.socket:
             remedy = "another program listens there; end it or choose another --port"
         else:
             remedy = "choose another --host or --port"
-        fault = f"cannot listen on {host} port {port}: {error.strerror}"
+        fault = f"cannot listen on {host} port {port}: {os.strerror(error.errno or 0)}"
         raise ConfigError(f"{fault}; {remedy}") from None
 
 

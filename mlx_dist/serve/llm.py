@@ -12,6 +12,7 @@ with the program; the others serve it inside the constructor and end when it is 
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -70,6 +71,7 @@ class LLM:
         """
         self._is_closed = False
         config = model if isinstance(model, RunConfig) else RunConfig(model, **options)
+        parse_batching(config.batching)
         blas = blas or preload_blas(launch.threads_per_rank())
         with ExitStack() as stack:
             session = stack.enter_context(open_session(config, blas))
@@ -131,7 +133,8 @@ class LLM:
     def stream(self, prompt: str, **params: Any) -> Iterator[str]:
         """As `generate`: the text piece by piece, as it comes."""
         generation = self._begin(self.tokenizer.encode_text(prompt), params)
-        return (chunk.piece.text for chunk in self.chunks(generation))
+        for chunk in self.chunks(generation):
+            yield chunk.piece.text
 
     def chat(
         self,
@@ -152,7 +155,7 @@ class LLM:
     ) -> Iterator[Chunk]:
         """As `chat`: chunks as they come, with text, reasoning and tool calls apart."""
         prompt = self.tokenizer.encode_chat(messages, tools)
-        return self.chunks(self._begin(prompt, params, tools))
+        yield from self.chunks(self._begin(prompt, params, tools))
 
     def open(
         self,
@@ -258,10 +261,7 @@ class LLM:
 def _leader(session: Session, rank: Rank, reports: list[Report]) -> Leader:
     """A leader with the configured batching or one that is chosen by measuring."""
     config, slots = session.config, rank.stage.slots
-    if config.batching != "auto":
-        batching = parse_batching(config.batching)
-    else:
-        batching = _measured(session, rank, reports)
+    batching = parse_batching(config.batching) or _measured(session, rank, reports)
     if not slots.can_batch:
         _log(f"{session.files.name}: this family's caches cannot be batched: one sequence each")
     return session.leader(rank, reports, batching, config.max_queue, config.reuse_prefixes)
@@ -272,18 +272,26 @@ def _measured(session: Session, rank: Rank, reports: list[Report]) -> Batching:
     most = _MOST_SEQUENCES if rank.stage.slots.can_batch else 1
     context_tokens = session.tokenizer.context_tokens if session.tokenizer else None
     times, is_remembered = calibrate.remembered(
-        session.facts | {"layers": str([r.layers for r in reports]), "hosts": session.world.hosts},
+        session.facts
+        | {
+            "layers": [r.layers for r in reports],
+            "hosts": session.world.hosts,
+            "cores": os.cpu_count(),
+            "threads": os.environ.get("OPENBLAS_NUM_THREADS"),
+            "--kv-memory-gb": session.config.kv_memory_gb,
+        },
         session.leader(rank, reports, Batching()),
         most,
         context_tokens or _LONGEST_PROMPT,
+        is_fresh=session.config.batching == "measure",
     )
     batching = choose(times, len(reports), most)
     rate = times.tokens_per_s(batching.num_microbatches, batching.max_sequences)
     how = "from an earlier start" if is_remembered else f"in {time.monotonic() - start:.1f} s"
     _log(
-        f"{batching.num_microbatches} microbatches of up to {batching.max_sequences} sequences, "
-        f"prompts in steps of {batching.prefill_chunk} tokens; {rate:.0f} tokens/s predicted by "
-        f"step times measured {how}"
+        f"microbatches in flight: {batching.num_microbatches}, of up to "
+        f"{batching.max_sequences} sequences; prompts in steps of {batching.prefill_chunk} "
+        f"tokens; {rate:.0f} tokens/s predicted by step times measured {how}"
     )
     return batching
 

@@ -7,10 +7,12 @@ from dataclasses import dataclass, fields
 
 from mlx_dist.errors import ConfigError
 
+_LEAST_READY_AGE_S = 6.0
+
 
 @dataclass(frozen=True, slots=True)
 class HttpConfig:
-    """Where the shim listens, whom it answers, and how much it takes. Each field is a flag."""
+    """Where the shim listens, whom it answers, and how much it takes. Fields are flags."""
 
     host: str = "127.0.0.1"
     """The address to listen on. Any but a loopback address needs `api_key`."""
@@ -65,6 +67,11 @@ class HttpConfig:
             if is_limit and value is not None and not value > 0:
                 flag = "--" + field.name.replace("_", "-")
                 raise ConfigError(f"{flag} is {value}; use more than 0")
+        if self.ready_age_s < _LEAST_READY_AGE_S:
+            raise ConfigError(
+                f"--ready-age-s is {self.ready_age_s}; use {_LEAST_READY_AGE_S} or more: ranks "
+                "without work answer every 5 s"
+            )
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable()):
             raise ConfigError("the API key has characters that a header cannot carry; use ASCII")
         if self.api_key is not None and self.api_key.strip() != (self.api_key or " "):

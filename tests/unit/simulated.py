@@ -15,6 +15,7 @@ from mlx_dist.engine.kv import KvRoom
 from mlx_dist.engine.sequence import Request
 from mlx_dist.errors import ProtocolError
 from mlx_dist.messages import (
+    PENALTY_CONTEXT,
     Close,
     Drop,
     Keep,
@@ -29,7 +30,6 @@ from mlx_dist.messages import (
 
 VOCAB_SIZE = 50
 # As many of its cached tokens as a sampler must be told.
-_PENALTY_CONTEXT = 20
 
 
 def next_token(history: tuple[int, ...], seed: int) -> int:
@@ -153,7 +153,7 @@ class Ranks:
             _check(len(tokens) == opening.num_cached > 0, "more was reused than is there")
             _check(is_whole or len(entry) < self._trim_limit, "what cannot be trimmed was")
         _check(opening.num_cached == len(tokens), "tokens were reused from no entry")
-        _check(tuple(opening.prefix) == tokens[-_PENALTY_CONTEXT:], "a sampler was told lies")
+        _check(tuple(opening.prefix) == tokens[-PENALTY_CONTEXT:], "a sampler was told lies")
         return tokens
 
     def _merge(self, source: int, target: int) -> None:

@@ -290,10 +290,10 @@ def test_models(client):
 
 
 def test_ready_follows_the_ranks(llm):
-    with served(llm, ready_age_s=1.0) as server:
+    with served(llm, ready_age_s=6.0) as server:
         http = server.http()
         assert http.get("/ready").status_code == 200
-        for stats in ({"last_step_age_s": 1.5}, {"is_draining": True}):
+        for stats in ({"last_step_age_s": 6.5}, {"is_draining": True}):
             llm.set_stats(**stats)
             response = http.get("/ready")
             assert response.status_code == 503
