@@ -42,6 +42,9 @@ DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Convert the weights
 PrefillChunk = Annotated[int, typer.Option(help="Most prompt tokens in one step.")]
 JacclDevices = Annotated[Path | None, typer.Option(help="Device matrix for --fabric jaccl.")]
 KvMemory = Annotated[float | None, typer.Option(help="Memory for sequences on each rank, in GB.")]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the tokenizer.")
+]
 Batching = Annotated[
     str,
     typer.Option(help="auto, measure, or fixed:M,B,C: microbatches, sequences of each, chunk."),
@@ -233,6 +236,7 @@ def serve(
     fabric: FabricOption = Fabric.auto,
     dtype: DtypeOption = Dtype.auto,
     jaccl_devices: JacclDevices = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Serve the model over HTTP, as OpenAI does."""
     config = RunConfig(
@@ -245,6 +249,7 @@ def serve(
         batching=batching,
         max_queue=max_queue,
         reuse_prefixes=reuse_prefixes,
+        trust_remote_code=trust_remote_code,
     )
     http = HttpConfig(
         host=host,
@@ -297,6 +302,7 @@ def chat(
     dtype: DtypeOption = Dtype.auto,
     prefill_chunk: PrefillChunk = 512,
     jaccl_devices: JacclDevices = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Talk to the model in the terminal."""
     config = RunConfig(
@@ -308,6 +314,7 @@ def chat(
         jaccl_devices,
         kv_memory_gb,
         batching=f"fixed:1,1,{prefill_chunk}",
+        trust_remote_code=trust_remote_code,
     )
     sampling = Sampling(temperature=temperature, top_p=top_p, seed=_seed(seed))
     params = Params(max_tokens, sampling)

@@ -35,7 +35,8 @@ class RunConfig:
     is the largest number of prompt tokens in one step. `kv_memory_gb` is what sequences may fill
     on each rank, or None for a share of what is free. `batching` is "auto", "measure" or
     "fixed:MICROBATCHES,SEQUENCES,CHUNK". At most `max_queue` requests wait. With
-    `reuse_prefixes` caches are kept for prompts that begin like earlier ones.
+    `reuse_prefixes` caches are kept for prompts that begin like earlier ones. Code that comes with
+    a tokenizer runs only with `trust_remote_code`.
     """
 
     model: str
@@ -48,6 +49,7 @@ class RunConfig:
     batching: str = "auto"
     max_queue: int = 1024
     reuse_prefixes: bool = True
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         if not self.model:

@@ -84,7 +84,12 @@ class Session:
                 self.tokenizer.check_vocabulary(stage.vocab_size)
             kv_room = KvRoom(stage.kv_cost(), self._kv_budget_bytes())
             _check_room(kv_room)
-        grammars = Grammars(self.files.folder, self.files.config, stage.vocab_size)
+        grammars = Grammars(
+            self.files.folder,
+            self.files.config,
+            stage.vocab_size,
+            self.config.trust_remote_code,
+        )
         return Rank(
             stage=stage,
             transport=Transport(self.world),
@@ -156,7 +161,9 @@ def open_session(config: RunConfig, blas: str) -> Iterator[Session]:
     with join(config.fabric, config.jaccl_devices) as world:
         with world.agreement():
             files = find_model(config.model)
-            tokenizer = Tokenizer(files.folder, files.config) if world.is_leader else None
+            tokenizer = None
+            if world.is_leader:
+                tokenizer = Tokenizer(files.folder, files.config, config.trust_remote_code)
         facts = _facts(config, world, files, blas)
         world.compare(facts)
         yield Session(world, config, files, tokenizer, facts)

@@ -53,9 +53,11 @@ class ChatPrompt:
 class Tokenizer:
     """A model's tokenizer with its chat template, checked against the model."""
 
-    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, config: dict[str, Any], trust_remote_code: bool = False
+    ) -> None:
         """Raises ModelError if the files are missing or damaged."""
-        self._tokenizer = load_tokenizer(folder, config)
+        self._tokenizer = load_tokenizer(folder, config, trust_remote_code)
         self._max_id = max(self._tokenizer.get_vocab().values(), default=-1)
         text_config = config.get("text_config") or config
         self.context_tokens: int | None = next(

@@ -95,9 +95,16 @@ def after_reasoning(grammar: str, end: tuple[int, ...]) -> str:
 class Grammars:
     """Compiles grammars for a model's tokenizer, which is read when the first one comes."""
 
-    def __init__(self, folder: Path, config: dict[str, Any], vocab_size: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: dict[str, Any],
+        vocab_size: int,
+        trust_remote_code: bool = False,
+    ) -> None:
         """`vocab_size` is the width of the logits, which may be more than the tokenizer has."""
         self._folder, self._config, self._vocab_size = folder, config, vocab_size
+        self._trust_remote_code = trust_remote_code
         self._compiled = lru_cache(maxsize=16)(self._compile)
 
     def check(self, grammar: str) -> None:
@@ -119,7 +126,7 @@ class Grammars:
 
     @cached_property
     def _tokenizer(self) -> LLTokenizer:
-        tokenizer = load_tokenizer(self._folder, self._config)
+        tokenizer = load_tokenizer(self._folder, self._config, self._trust_remote_code)
         try:
             backend = copy(tokenizer.backend_tokenizer)
             backend.no_padding()

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import threading
 import time
 
@@ -9,6 +10,8 @@ import httpx2
 import openai
 import pytest
 
+from tests.launching import mlx_dist
+from tests.models import write_tool_model
 from tests.serving import serving
 
 MESSAGES = [{"role": "user", "content": "Which rank holds the last layers of the model?"}]
@@ -214,3 +217,87 @@ def test_a_key_is_asked_for():
                 ask(server.client(api_key=key or "x"))
         assert httpx2.get(f"{server.url}/health").status_code == 200
         assert httpx2.get(f"{server.url}/metrics").status_code == 401
+
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather in a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"enum": ["Oslo", "Rome"]}, "days": {"type": "integer"}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+def test_tools_are_called(tmp_path):
+    with serving("--model", write_tool_model(tmp_path / "tools"), num_ranks=2) as server:
+        client = server.client()
+        named = {"type": "function", "function": {"name": "weather"}}
+        for choice in ("required", named):
+            answer = ask(
+                client,
+                model="tools",
+                tools=[WEATHER],
+                tool_choice=choice,
+                parallel_tool_calls=False,
+                max_tokens=80,
+            )
+            [call] = answer.choices[0].message.tool_calls
+            assert answer.choices[0].finish_reason == "tool_calls"
+            assert call.function.name == "weather"
+            assert json.loads(call.function.arguments)["city"] in ("Oslo", "Rome")
+        # Called and answered, in a stream.
+        stream = ask(
+            client, model="tools", tools=[WEATHER], tool_choice=named, max_tokens=80, stream=True
+        )
+        calls = [c for chunk in stream for c in chunk.choices[0].delta.tool_calls or ()]
+        assert "".join(c.function.name or "" for c in calls) == "weather"
+        told = [
+            *MESSAGES,
+            {"role": "assistant", "tool_calls": [call.model_dump()]},
+            {"role": "tool", "tool_call_id": call.id, "content": "sunny"},
+        ]
+        assert ask(client, model="tools", messages=told, tools=[WEATHER]).choices
+
+
+def test_draining_finishes_what_is_under_way():
+    with serving(num_ranks=2) as server:
+        client = server.client()
+        stream = ask(client, stream=True, max_tokens=300, temperature=3.0, seed=1)
+        chunks = iter(stream)
+        next(chunks)
+        server.process.send_signal(signal.SIGUSR1)
+        time.sleep(0.2)
+        with pytest.raises((openai.InternalServerError, openai.APIConnectionError)):
+            ask(client)
+        assert [c.choices[0].finish_reason for c in chunks][-1] in ("length", "stop")
+        assert server.process.wait(20) == 0
+
+
+def test_the_key_is_in_no_message():
+    with serving(num_ranks=2, MLX_DIST_API_KEY="s3cret", MLX_DIST_TRACE="1") as server:
+        assert ask(server.client(api_key="s3cret"))
+    assert any(" frame " in line for line in server.log)
+    assert not any("s3cret" in line for line in server.log)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--batching", "nonsense"), "--batching 'nonsense'"),
+        (("--kv-memory-gb", "0.0001"), "--kv-memory-gb more"),
+        (("--host", "0.0.0.0"), "--api-key"),
+        (("--max-queue", "8"), "--max-choices 32 is more than"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_a_server_that_cannot_be_says_why(arguments, words):
+    done = mlx_dist("serve", "--port", "0", *arguments, num_ranks=2)
+    assert done.code == 1
+    [line] = done.error_lines
+    assert words in line
