@@ -182,8 +182,11 @@ def _from_entries(batches: Batches, trim_limit: float, lengths: list[int]) -> No
     batches.open(2, [4, 1], [whole[0], first_part])
     batches.step(2, lengths)
     batches.decode(2, 2)
-    # One whose prompt is a single token joins before it has seen any.
+    # Those with the shortest prompts join before they have seen a token, or after one.
     batches.open(3, [5])
+    batches.merge(3, 2)
+    batches.open(3, [7])
+    batches.step(3, [1])
     batches.merge(3, 2)
     batches.decode(2, 2)
     batches.merge(2, 0)
@@ -198,7 +201,7 @@ def _from_entries(batches: Batches, trim_limit: float, lengths: list[int]) -> No
 
 def _down_to_one(batches: Batches) -> None:
     """They leave until one is left, which goes on alone, is kept and ends."""
-    batches.close([0, 3, 5])
+    batches.close([0, 3, 5, 7])
     batches.decode(0, 2)
     batches.close([6, 2])
     batches.decode(0, 1)
@@ -207,10 +210,10 @@ def _down_to_one(batches: Batches) -> None:
     batches.step(0, [4])
     batches.decode(0, 2)
     # One leaves before the others have seen a token.
-    batches.open(1, [7, 8])
-    batches.close([7])
+    batches.open(1, [8, 9])
+    batches.close([8])
     batches.step(1, [3])
     batches.merge(0, 1)
     batches.decode(1, 1)
-    batches.close([1, 8])
+    batches.close([1, 9])
     batches.drop([0, 1, 2])

@@ -172,7 +172,7 @@ def _summary(error: Exception) -> str:
         return "one of its kernels is for Apple's GPU only"
     if os.sep in text:
         text = text.split(": ", 1)[-1]
-    return text[:150] or type(error).__name__
+    return text.split(". ")[0][:150] or type(error).__name__
 
 
 def _write_record(proofs: list[Proof]) -> None:

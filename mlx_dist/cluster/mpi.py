@@ -93,6 +93,7 @@ class MpiWire:
         # Dup: MLX receives with ANY_TAG on COMM_WORLD.
         with deadline(MEETING_S):
             self._comm: MPI.Intracomm = MPI.COMM_WORLD.Dup()
+        self._sending: list[MPI.Request] = []
         self.rank: int = self._comm.rank
         self.size: int = self._comm.size
 
@@ -102,7 +103,10 @@ class MpiWire:
         return str(self._mpi.Get_library_version().split(",")[0])
 
     def send(self, frame: bytes, destination: int) -> None:
-        self._comm.Send([frame, self._mpi.BYTE], destination, self._FRAME_TAG)
+        # Not Send: beside the fabric's thread, which may be in the middle of sending activations
+        # to a rank that still computes, a blocking call waits for that rank.
+        sent = self._comm.Isend([frame, self._mpi.BYTE], destination, self._FRAME_TAG)
+        self._sending = [r for r in (*self._sending, sent) if not r.Test()]
 
     def receive(self, source: int) -> bytes:
         return self._wait_for(source, self._FRAME_TAG)
@@ -136,6 +140,7 @@ class MpiWire:
 
     def finalize(self) -> None:
         """Leave MPI in order. Without this a daemon thread makes mpirun report a failure."""
+        self._mpi.Request.Waitall(self._sending)
         self._comm.Free()
         self._mpi.Finalize()
 

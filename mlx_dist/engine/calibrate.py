@@ -17,8 +17,9 @@ from mlx_dist.engine.batching import StepTimes
 from mlx_dist.engine.program import Leader
 from mlx_dist.messages import Close, Open, Opening, Row, Sampling, Step
 
-_PROMPT_TOKENS = 32
-_NUM_DECODES = 3
+# Few: prompts cost more than the steps that are measured.
+_PROMPT_TOKENS = 4
+_NUM_DECODES = 2
 _LARGEST_MICROBATCH = 64
 _LARGEST_CHUNK = 512
 _MICROBATCH = 0
@@ -68,7 +69,7 @@ def remembered(
     with suppress(OSError, msgspec.DecodeError):
         if not is_fresh:
             return msgspec.json.decode(path.read_bytes(), type=StepTimes), True
-    times = measure(leader, most_sequences, context_tokens, budget_s=4.0)
+    times = measure(leader, most_sequences, context_tokens, budget_s=8.0)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         whole = path.with_suffix(f".{os.getpid()}")

@@ -134,7 +134,7 @@ class Scheduler:
         for microbatch in self._microbatches:
             for sequence in microbatch.members:
                 if sequence.id == request_id:
-                    self._finish(microbatch, sequence, reason)
+                    self._finish(microbatch, [(sequence, reason)])
                     return
 
     def next_plan(self) -> Plan | None:
@@ -155,12 +155,15 @@ class Scheduler:
         microbatch = self._microbatches[step.microbatch]
         microbatch.is_in_flight = False
         all_logprobs = tokens.logprobs or [None] * len(tokens.tokens)
+        ended: list[tuple[Sequence, FinishReason]] = []
         for sequence, token, logprobs in zip(
             step.sequences, tokens.tokens, all_logprobs, strict=True
         ):
             # A sequence that was ended meanwhile takes no more tokens.
-            if sequence.slot is not None:
-                self._take(microbatch, sequence, token, logprobs)
+            if sequence.slot is not None and (reason := self._take(sequence, token, logprobs)):
+                ended.append((sequence, reason))
+        if ended:
+            self._finish(microbatch, ended)
 
     def take_events(self) -> list[Event]:
         """What has happened since the last call, in order."""
@@ -168,35 +171,39 @@ class Scheduler:
         return events
 
     def _take(
-        self, microbatch: _Microbatch, sequence: Sequence, token: int, logprobs: Logprobs | None
-    ) -> None:
+        self, sequence: Sequence, token: int, logprobs: Logprobs | None
+    ) -> FinishReason | None:
+        """Take a token; why the sequence is over, if it is."""
         if token in sequence.request.stop_tokens:
-            self._finish(microbatch, sequence, "stop")
-            return
+            return "stop"
         sequence.generated.append(token)
         self.num_completion_tokens += 1
         self._events.append(sequence.event(token, logprobs))
-        if len(sequence.generated) == sequence.request.max_tokens:
-            self._finish(microbatch, sequence, "length")
+        return "length" if len(sequence.generated) == sequence.request.max_tokens else None
 
     def _keep(self, sequence: Sequence) -> None:
         self._ready += self.admission.keep(sequence, [m.members for m in self._microbatches])
 
-    def _finish(self, microbatch: _Microbatch, sequence: Sequence, reason: FinishReason) -> None:
-        assert sequence.slot is not None
-        self._keep(sequence)
-        self._ready.append(Close([sequence.slot]))
-        self.admission.free(sequence)
-        if sequence in microbatch.decoding:
-            microbatch.decoding.remove(sequence)
-        else:
-            microbatch.coming.remove(sequence)
-            for prefill in list(self._prefills):
-                if sequence in prefill.sequences:
-                    prefill.sequences.remove(sequence)
-                    if not prefill.sequences:
-                        self._prefills.remove(prefill)
-        self._events.append(sequence.event(finish_reason=reason))
+    def _finish(self, microbatch: _Microbatch, ended: list[tuple[Sequence, FinishReason]]) -> None:
+        """End sequences of one microbatch: all copies first, then one plan that closes all."""
+        for sequence, _ in ended:
+            self._keep(sequence)
+        self._ready.append(Close([s.slot for s, _ in ended if s.slot is not None]))
+        for sequence, reason in ended:
+            self.admission.free(sequence)
+            if sequence in microbatch.decoding:
+                microbatch.decoding.remove(sequence)
+            else:
+                microbatch.coming.remove(sequence)
+                self._leave_prefill(sequence)
+            self._events.append(sequence.event(finish_reason=reason))
+
+    def _leave_prefill(self, sequence: Sequence) -> None:
+        for prefill in list(self._prefills):
+            if sequence in prefill.sequences:
+                prefill.sequences.remove(sequence)
+                if not prefill.sequences:
+                    self._prefills.remove(prefill)
 
     def _plan_step(self) -> None:
         """Plan one step, if any can go: prompts take turns with the microbatches."""

@@ -14,7 +14,12 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import ArraysCache, BatchRotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import (
+    ArraysCache,
+    BatchRotatingKVCache,
+    KVCache,
+    make_prompt_cache,
+)
 
 from mlx_dist.errors import ProtocolError
 from mlx_dist.messages import KvCost
@@ -273,6 +278,8 @@ class SlotCaches:
 
     def _compact(self, plain: list[Any]) -> list[Any]:
         """Copies of one sequence's caches without the memory of what was trimmed or is shared."""
+        if all(_is_compact(cache) for cache in plain):
+            return [copy.copy(cache) for cache in plain]
         copies = self._extract([cache.merge([cache]) for cache in plain], 0)
         for part in (part for cache in copies for part in _parts(cache)):
             if isinstance(part, ArraysCache):
@@ -309,6 +316,11 @@ class SlotCaches:
 
 def _can_batch(cache: Any) -> bool:
     return all(hasattr(part, "merge") for part in _parts(cache))
+
+
+def _is_compact(cache: Any) -> bool:
+    """Whether a plain cache is known to have no room left: what comes next goes elsewhere."""
+    return type(cache) is KVCache and not cache.empty() and cache.keys.shape[2] == cache.offset
 
 
 def _parts(cache: Any) -> Sequence[Any]:

@@ -125,6 +125,10 @@ UNBATCHED: dict[str, str] = {
     "gemma2": "[broadcast_shapes] Shapes (3,1,6,6) and (3,2,2,6,6) cannot be broadcast",
     "gpt_bigcode": "[convert] Only length-1 arrays can be converted to Python scalars",
     "llama4": "mlx-lm has no batches of ChunkedKVCache, KVCache",
+    "longcat_flash_ngram": (
+        "[concatenate] All the input array dimensions must match exactly except for the"
+        " concatenation axis"
+    ),
     "minimax_m3_vl": (
         "sparse attention: logits differ by 0.3 from those of a sequence alone (a step of [1,"
         " 1, 1, 1] tokens after [8, 8, 8, 10])"
@@ -135,8 +139,8 @@ UNBATCHED: dict[str, str] = {
         " [10, 10])"
     ),
     "recurrent_gemma": (
-        "logits differ by 0.0009 from those of a sequence alone (a step of [1, 1, 1] tokens"
-        " after [16, 16, 0])"
+        "logits differ by 0.002 from those of a sequence alone (a step of [1, 1, 1, 1] tokens"
+        " after [16, 16, 0, 1])"
     ),
 }
 
@@ -151,11 +155,7 @@ UNPADDED: dict[str, str] = {
         " [5, 11, 3])"
     ),
     "jamba": (
-        "logits differ by 1 from those of a sequence alone (a step of [1, 1, 1] tokens after"
-        " [5, 11, 3])"
-    ),
-    "longcat_flash_ngram": (
-        "logits differ by 0.9 from those of a sequence alone (a step of [1, 1, 1] tokens after"
+        "logits differ by 2 from those of a sequence alone (a step of [1, 1, 1] tokens after"
         " [5, 11, 3])"
     ),
     "mamba": (

@@ -27,7 +27,6 @@ FAMILIES = {
     "falcon_h1": (4, 8),  # CacheList of both
     "longcat_flash": (8,),  # CacheList of two KVCache
     "mamba": (4, 8),  # ArraysCache
-    "longcat_flash_ngram": (4, 8),  # an ArraysCache of the embedding, CacheList
     "nemotron-nas": (1, 8),  # KVCache, some of which stay empty
 }
 

@@ -25,6 +25,7 @@ FAMILIES = [
     "glm4",
     "gpt_oss",
     "llama",
+    "longcat_flash_ngram",
     "mixtral",
     "olmo2",
     "phi3",
