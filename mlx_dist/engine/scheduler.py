@@ -26,6 +26,8 @@ _MOST_GROUPS = 2
 _STEPS_BETWEEN = 2
 # How much the last prefill step says of the next one's time.
 _SLOWDOWN_WEIGHT = 0.5
+# A step that takes so much longer than it should says nothing of the next one.
+_NOISE = 0.1
 
 
 @dataclass(slots=True)
@@ -321,9 +323,10 @@ class Scheduler:
         Beside as many streams as there are once all who wait have entered: those who were first
         are not served faster at the cost of the others.
         """
+        slowdown = max(1.0, self._slowdown - _NOISE)
         if not any(m.decoding for m in self._microbatches):
-            return self.batching.prefill_tokens([], self._slowdown)
+            return self.batching.prefill_tokens([], slowdown)
         total = self.num_active + len(self.admission.waiting)
         num_microbatches = min(total, len(self._microbatches))
         size = min(-(-total // num_microbatches), self.batching.max_sequences)
-        return self.batching.prefill_tokens([size] * num_microbatches, self._slowdown)
+        return self.batching.prefill_tokens([size] * num_microbatches, slowdown)
