@@ -21,6 +21,7 @@ from mlx_dist.messages import Close, Open, Opening, Row, Sampling, Step
 _PROMPT_TOKENS = 4
 _NUM_DECODES = 2
 _LARGEST_MICROBATCH = 64
+_LEAST_CHUNK = 8
 _LARGEST_CHUNK = 512
 _MICROBATCH = 0
 
@@ -43,7 +44,7 @@ def measure(leader: Leader, most_sequences: int, context_tokens: int, budget_s: 
         if time.monotonic() - begun > budget_s / 2:
             break
     begun = time.monotonic()
-    for size in _powers(16, min(_LARGEST_CHUNK, context_tokens - 1)):
+    for size in _powers(_LEAST_CHUNK, min(_LARGEST_CHUNK, context_tokens - 1)):
         if not fits([[size]], None):
             break
         prefill[size] = min((_prefill_s(leader, size) for _ in range(2)), key=sum)

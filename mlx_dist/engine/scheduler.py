@@ -26,6 +26,8 @@ _MOST_GROUPS = 2
 _STEPS_BETWEEN = 2
 # How much the last prefill step says of the next one's time.
 _SLOWDOWN_WEIGHT = 0.5
+# What a prompt of many steps takes of a step's tokens, so that the others hardly notice it.
+_LONG_PROMPT_SHARE = 0.6
 # A step that takes so much longer than it should says nothing of the next one.
 _NOISE = 0.1
 
@@ -98,6 +100,10 @@ class Scheduler:
     def num_active(self) -> int:
         """Sequences that hold a slot."""
         return sum(len(m.members) for m in self._microbatches)
+
+    @property
+    def _num_decoding(self) -> int:
+        return sum(len(m.decoding) for m in self._microbatches)
 
     @property
     def num_ready(self) -> int:
@@ -278,6 +284,9 @@ class Scheduler:
         for sequence in prefill.sequences:
             num_tokens = sequence.num_to_prefill
             if len(prefill.sequences) == 1:
+                if num_tokens > most and self._num_decoding:
+                    # Every round has one, not just now and then.
+                    most = max(1, int(_LONG_PROMPT_SHARE * most))
                 ahead = [
                     border - sequence.position
                     for border in self.admission.borders(sequence.request)
@@ -324,7 +333,7 @@ class Scheduler:
         are not served faster at the cost of the others.
         """
         slowdown = max(1.0, self._slowdown - _NOISE)
-        if not any(m.decoding for m in self._microbatches):
+        if not self._num_decoding:
             return self.batching.prefill_tokens([], slowdown)
         total = self.num_active + len(self.admission.waiting)
         num_microbatches = min(total, len(self._microbatches))
