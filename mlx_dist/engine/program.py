@@ -161,7 +161,7 @@ class Leader:
     """Rank 0: decides, and does its own part like everyone else.
 
     `submit`, `end` and `drain` may be called from any thread; events are delivered in the thread
-    that calls `turn`. A leader `is_broken` that was interrupted in the middle of a plan.
+    that calls `turn`. A leader `is_broken` that was left in the middle of a plan or an answer.
     """
 
     # Idle ranks are asked for an account this often: a sign of life.
@@ -236,7 +236,8 @@ class Leader:
         """Run the next plan or, if there is none, wait for an answer or for a call."""
         self._news.clear()
         if self.scheduler.num_in_flight or self._is_probing:
-            self._accept(self._transport.poll_tokens())
+            with self._whole():
+                self._accept(self._transport.poll_tokens())
         with self._lock:
             plan = self.scheduler.next_plan()
             events = self.scheduler.take_events()
@@ -245,16 +246,16 @@ class Leader:
             self._is_probed = False
             self.do(plan)
         elif self.scheduler.num_in_flight or self._is_probing:
-            self._accept(self._transport.receive_tokens(self._news.is_set))
+            with self._whole():
+                self._accept(self._transport.receive_tokens(self._news.is_set))
         elif not events:
             self._idle()
 
     def do(self, plan: Plan) -> None:
         """Pass `plan` down the pipe and do the own part."""
-        self.is_broken = True
-        self._transport.pass_plan(plan)
-        self._rank.execute(plan)
-        self.is_broken = False
+        with self._whole():
+            self._transport.pass_plan(plan)
+            self._rank.execute(plan)
 
     def ask(self, step: Step) -> Tokens:
         """Run one step while nothing else is under way; its answer."""
@@ -269,6 +270,13 @@ class Leader:
             self._accept(self._transport.receive_tokens())
         self.do(Shutdown())
 
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """A block after which, if it is left in the middle, the ranks cannot go on."""
+        self.is_broken = True
+        yield
+        self.is_broken = False
+
     def _idle(self) -> None:
         """Wait for a call, and ask the ranks how they are once and then every few seconds."""
         if self._is_probed and self._news.wait(self.PROBE_EVERY_S):
@@ -280,7 +288,6 @@ class Leader:
     def _accept(self, tokens: Tokens | None) -> None:
         if tokens is None:
             return
-        self.is_broken = False
         self.answered_at = time.monotonic()
         self.vitals = tokens.vitals
         self.busy_s = self.busy_s or [0.0] * len(tokens.vitals)
