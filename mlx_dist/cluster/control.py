@@ -29,8 +29,11 @@ class Wire(Protocol):
     def send(self, frame: bytes, destination: int) -> None:
         """Send `frame`; may return before it has arrived."""
 
-    def receive(self, source: int) -> bytes:
-        """The next frame from `source`; waits without burning a core where the carrier can."""
+    def receive(self, source: int, is_idle: bool = False) -> bytes:
+        """The next frame from `source`; waits without burning a core where the carrier can.
+
+        With `is_idle` none is expected soon.
+        """
 
     can_poll: bool
 
@@ -62,9 +65,12 @@ class Control:
         self._say(f"{self._sent[destination]} -> r{destination}", message)
         self._sent[destination] += 1
 
-    def receive(self, source: int) -> AnyMessage:
-        """The next message from rank `source`. Raises ProtocolError if it is not that."""
-        return self._decode(self._wire.receive(source), source)
+    def receive(self, source: int, is_idle: bool = False) -> AnyMessage:
+        """The next message from rank `source`, soon or, with `is_idle`, perhaps not.
+
+        Raises ProtocolError if what comes is not that.
+        """
+        return self._decode(self._wire.receive(source, is_idle), source)
 
     def poll(self, source: int) -> AnyMessage | None:
         """The next message from rank `source` if it has come. Only with `can_poll`."""
@@ -101,7 +107,7 @@ class LoopbackWire:
     def send(self, frame: bytes, destination: int) -> None:
         self._frames.append(frame)
 
-    def receive(self, source: int) -> bytes:
+    def receive(self, source: int, is_idle: bool = False) -> bytes:
         if not self._frames:
             raise ProtocolError("a world of one waits for a message that nobody can send")
         return self._frames.pop(0)
@@ -117,13 +123,16 @@ class Waiter:
     """Waits for something to come without burning a core that another rank computes on.
 
     Spins for a moment, then sleeps: briefly while a request runs, longer once nothing has come
-    for a second.
+    for a second or if it `is_idle` from the start.
     """
 
     SPIN_S = 50e-6
     BUSY_SLEEP_S = 20e-6
     IDLE_AFTER_S = 1.0
     IDLE_SLEEP_S = 2e-3
+
+    def __init__(self, is_idle: bool = False) -> None:
+        self._idle_after_s = 0.0 if is_idle else self.IDLE_AFTER_S
 
     def __iter__(self) -> Iterator[float]:
         """Yields the seconds waited so far, before each look."""
@@ -134,7 +143,7 @@ class Waiter:
             if waited_s < self.SPIN_S:
                 time.sleep(0)
             else:
-                is_idle = waited_s > self.IDLE_AFTER_S
+                is_idle = waited_s > self._idle_after_s
                 time.sleep(self.IDLE_SLEEP_S if is_idle else self.BUSY_SLEEP_S)
 
 

@@ -40,7 +40,7 @@ class FabricWire:
             ]
         )
 
-    def receive(self, source: int) -> bytes:
+    def receive(self, source: int, is_idle: bool = False) -> bytes:
         frame = self._receive_block(source)
         (length,) = self._LENGTH.unpack_from(frame)
         while len(frame) < self._LENGTH.size + length:

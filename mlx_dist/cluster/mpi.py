@@ -108,8 +108,8 @@ class MpiWire:
         sent = self._comm.Isend([frame, self._mpi.BYTE], destination, self._FRAME_TAG)
         self._sending = [r for r in (*self._sending, sent) if not r.Test()]
 
-    def receive(self, source: int) -> bytes:
-        return self._wait_for(source, self._FRAME_TAG)
+    def receive(self, source: int, is_idle: bool = False) -> bytes:
+        return self._wait_for(source, self._FRAME_TAG, is_idle=is_idle)
 
     def poll(self, source: int) -> bytes | None:
         return self._take(source, self._FRAME_TAG)
@@ -149,8 +149,10 @@ class MpiWire:
         self._mpi.COMM_WORLD.Abort(ABORT_CODE)
         raise AssertionError("MPI_Abort returned")
 
-    def _wait_for(self, source: int, tag: int, deadline_s: float | None = None) -> bytes:
-        waits = iter(Waiter())
+    def _wait_for(
+        self, source: int, tag: int, deadline_s: float | None = None, is_idle: bool = False
+    ) -> bytes:
+        waits = iter(Waiter(is_idle))
         while (frame := self._take(source, tag)) is None:
             if next(waits) > (deadline_s or math.inf):
                 raise _silence([source], deadline_s or 0.0)

@@ -18,7 +18,7 @@ import numpy as np
 from mlx_dist.cluster.control import Waiter
 from mlx_dist.cluster.world import World
 from mlx_dist.errors import ProtocolError
-from mlx_dist.messages import Hidden, Plan, Shutdown, Tokens, Vitals, expect
+from mlx_dist.messages import Hidden, Plan, Probe, Shutdown, Tokens, Vitals, expect
 
 
 class Transport:
@@ -37,8 +37,11 @@ class Transport:
 
     def plans(self) -> Iterator[Plan]:
         """What every rank but the leader must do next, `Shutdown` last; each is passed on first."""
+        is_idle = False
         while True:
-            plan = self._world.control.receive(self._world.previous_rank)
+            plan = self._world.control.receive(self._world.previous_rank, is_idle)
+            # Ranks are probed when there is nothing else to do.
+            is_idle = isinstance(plan, Probe)
             if not isinstance(plan, Plan):
                 raise ProtocolError(f"{type(plan).__name__} arrived where a plan was due")
             self.pass_plan(plan)
