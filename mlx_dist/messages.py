@@ -16,7 +16,7 @@ from msgspec import Struct
 from mlx_dist.errors import ProtocolError
 
 MAGIC = b"MXDW"
-WIRE_VERSION = 2
+WIRE_VERSION = 3
 # The number of last tokens that penalties look at, mlx-lm's default.
 PENALTY_CONTEXT = 20
 _HEADER = struct.Struct("<4sIIII")
@@ -208,6 +208,59 @@ class Report(Message, frozen=True):
     sent_bytes: int = 0
 
 
+class Speeds(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """How fast a machine computes a model's parts, on the device that it runs on.
+
+    `product_s` and `quantized_s` give, for a number of tokens in a step, the seconds that each
+    weight of a matrix costs which all of these tokens are multiplied with: in the model's dtype,
+    and quantized to `bits`. `op_s` is what a small operation costs, `element_s` an element of an
+    activation function, `stream_bytes_per_s` how fast memory is read.
+    """
+
+    dtype: str
+    bits: int
+    product_s: dict[int, float]
+    quantized_s: dict[int, float]
+    stream_bytes_per_s: float
+    op_s: float
+    element_s: float
+
+
+class Interface(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A network interface that is up.
+
+    `kind` is thunderbolt, ethernet, wifi, loopback, virtual or other; `gbit_s` is its nominal
+    rate, or None where the system does not tell.
+    """
+
+    name: str
+    kind: str
+    address: str
+    gbit_s: float | None = None
+
+
+class MachineReport(Message, frozen=True):
+    """What one rank says of the machine it runs on. Read, not measured.
+
+    `usable_bytes` is what this rank may allocate, the weights included: what is available now
+    (on macOS within Metal's recommended working set, on Linux within the container's limit),
+    divided by the ranks of its host. `cores` are performance and efficiency cores. `device` is
+    cpu or gpu; `versions` name the system, Python and packages. `speeds` are None until measured.
+    """
+
+    rank: int
+    host: str
+    chip: str
+    cores: tuple[int, int]
+    gpu_cores: int
+    device: str
+    memory_bytes: int
+    usable_bytes: int
+    versions: dict[str, str]
+    interfaces: list[Interface]
+    speeds: Speeds | None = None
+
+
 class Address(Message, frozen=True):
     """Where a rank is: its host's name and, for the ring, the `ip:port` it listens on."""
 
@@ -237,7 +290,9 @@ class Recording(Message, frozen=True):
     steps: list[list[bytes]]
 
 
-AnyMessage = Plan | Hidden | Tokens | Report | Address | Outcome | Identity | Recording
+AnyMessage = (
+    Plan | Hidden | Tokens | Report | MachineReport | Address | Outcome | Identity | Recording
+)
 M = TypeVar("M", bound=Message)
 
 _encoder = msgspec.msgpack.Encoder()
