@@ -75,7 +75,7 @@ class Rig:
         """The stage [start, end); what it does not own is not a number."""
         if (start, end) not in self._stages:
             files = find_model(str(self._folder), require_proven=False)
-            loaded = load_stage(files, lambda _n: (start, end), Dtype.auto, lambda _d, _t: None)
+            loaded = load_stage(files, start, end, Dtype.auto, lambda _d, _t: None)
             _poison(loaded, start, end)
             stage = Stage(loaded.model, loaded.anatomy, start, end)
             self._stages[start, end] = loaded, stage

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
@@ -27,20 +28,43 @@ class Dtype(StrEnum):
     bfloat16 = "bfloat16"
 
 
+class Split(StrEnum):
+    """How the model is cut where no counts are given: by what the machines can do, or evenly."""
+
+    auto = "auto"
+    even = "even"
+
+
+class Objective(StrEnum):
+    """What the cut is best for: the time of a single stream, or the slowest stage of many."""
+
+    latency = "latency"
+    throughput = "throughput"
+
+
+class Weights(StrEnum):
+    """Where a rank's weights come from: its own files, or the leader where it has none."""
+
+    own = "own"
+    leader = "leader"
+
+
 @dataclass(frozen=True, slots=True)
 class RunConfig:
     """What a run of the program is given, the same on every rank.
 
-    `layers` holds the number of layers of each rank, or None for an even split. `prefill_chunk`
-    is the largest number of prompt tokens in one step. `kv_memory_gb` is what sequences may fill
-    on each rank, or None for a share of what is free. `batching` is "auto", "measure" or
-    "fixed:MICROBATCHES,SEQUENCES,CHUNK". At most `max_queue` requests wait. With
-    `reuse_prefixes` caches are kept for prompts that begin like earlier ones. Code that comes with
-    a tokenizer runs only with `trust_remote_code`.
+    `layers` holds the number of layers of each rank, or how they are found: for `optimize`, and
+    with `leave_out` perhaps none for a slow machine. `memory_gb` is the most that a rank may use,
+    by host name, or "" for all others. With `weights` of the leader, ranks that lack the model are
+    sent their part. `prefill_chunk` is the largest number of prompt tokens in one step.
+    `kv_memory_gb` is what sequences may fill on each rank, or None for a share of what is free.
+    `batching` is "auto", "measure" or "fixed:MICROBATCHES,SEQUENCES,CHUNK". At most `max_queue`
+    requests wait. With `reuse_prefixes` caches are kept for prompts that begin like earlier ones.
+    Code that comes with a tokenizer runs only with `trust_remote_code`.
     """
 
     model: str
-    layers: tuple[int, ...] | None = None
+    layers: tuple[int, ...] | Split = Split.auto
     fabric: Fabric = Fabric.auto
     dtype: Dtype = Dtype.auto
     prefill_chunk: int = 512
@@ -50,6 +74,10 @@ class RunConfig:
     max_queue: int = 1024
     reuse_prefixes: bool = True
     trust_remote_code: bool = False
+    optimize: Objective = Objective.latency
+    leave_out: bool = False
+    memory_gb: Mapping[str, float] = field(default_factory=dict)
+    weights: Weights = Weights.own
 
     def __post_init__(self) -> None:
         if not self.model:
@@ -60,6 +88,10 @@ class RunConfig:
             raise ConfigError(f"--max-queue is {self.max_queue}; use 1 or more")
         if self.kv_memory_gb is not None and not 0 < self.kv_memory_gb < 1e6:
             raise ConfigError(f"--kv-memory-gb is {self.kv_memory_gb}; use gigabytes above 0")
+        for host, gigabytes in self.memory_gb.items():
+            if not 0 < gigabytes < 1e6:
+                spelled = f"{host}={gigabytes:g}" if host else f"{gigabytes:g}"
+                raise ConfigError(f"--memory-gb is {spelled}; use gigabytes above 0")
         if self.fabric is Fabric.jaccl and self.jaccl_devices is None:
             raise ConfigError(
                 "--fabric jaccl needs --jaccl-devices FILE, the JSON matrix of RDMA devices "
@@ -67,13 +99,28 @@ class RunConfig:
             )
 
 
-def parse_layers(text: str | None) -> tuple[int, ...] | None:
-    """The counts in "3,1,2". Raises PlacementError if they are not whole numbers."""
-    if text is None:
-        return None
+def parse_layers(text: str) -> tuple[int, ...] | Split:
+    """The counts in "3,1,2", or the way in "auto" or "even". Raises PlacementError for others."""
+    if text in list(Split):
+        return Split(text)
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise PlacementError(
-            f"--layers {text!r} is not a list of counts; write one per rank, as in 3,1,2"
+            f"--layers {text!r} is none of auto, even and a list of counts, one per rank, "
+            "as in 3,1,2"
         ) from None
+
+
+def parse_memory(texts: Sequence[str]) -> dict[str, float]:
+    """The gigabytes in "8", for every host, or in "HOST=8". Raises ConfigError for others."""
+    limits = {}
+    for text in texts:
+        host, _, gigabytes = text.rpartition("=")
+        try:
+            limits[host] = float(gigabytes)
+        except ValueError:
+            raise ConfigError(
+                f"--memory-gb {text!r} is neither gigabytes, as in 12.5, nor HOST=GIGABYTES"
+            ) from None
+    return limits

@@ -56,7 +56,7 @@ def rank_table(reports: list[Report], caption: str) -> None:
         table.add_row(
             str(report.rank),
             report.host,
-            escape(f"[{start}, {end})"),
+            escape(f"[{start}, {end})") if start < end else "none",
             _size(report.weights_bytes),
             _size(report.peak_rss_bytes),
             f"{report.load_s:.1f} s",

@@ -261,11 +261,86 @@ class MachineReport(Message, frozen=True):
     speeds: Speeds | None = None
 
 
+class Placing(Message, frozen=True):
+    """The leader's decision who holds which layers: rank, start, end of each stage, in order."""
+
+    shares: list[tuple[int, int, int]]
+
+
+class Holding(Message, frozen=True):
+    """Which version of the model a rank has, by its fingerprint, or why it has none."""
+
+    fingerprint: str = ""
+    reason: str = ""
+
+
+class Outline(Message, frozen=True):
+    """From the leader, rank to rank: what describes the model, in `Part`s that follow.
+
+    `files` are the names with numbers of bytes: of a small file all of them, of a weight file its
+    header. `weights` gives the size of each weight file.
+    """
+
+    fingerprint: str
+    files: list[tuple[str, int]]
+    weights: dict[str, int]
+
+
+class Part(Message, frozen=True):
+    """The next bytes of an outline."""
+
+    data: bytes
+
+    def __repr__(self) -> str:
+        # What a trace shows.
+        return f"Part({len(self.data)} bytes)"
+
+
+class Wanted(Message, frozen=True):
+    """The tensors that a rank must be sent, in the order in which it takes them.
+
+    By their places in the sorted list of the names of all tensors in the model's files.
+    """
+
+    tensors: list[int]
+
+
+class Tensor(Message, frozen=True):
+    """Goes right before the bytes of one tensor, with their CRC-32."""
+
+    place: int
+    checksum: int
+
+
 class Address(Message, frozen=True):
     """Where a rank is: its host's name and, for the ring, the `ip:port` it listens on."""
 
     host: str
     endpoint: str = ""
+
+
+class Ping(Message, frozen=True):
+    """Measures a link: goes to a rank that sends it back.
+
+    Either its `padding` makes the frame as long as is asked for, or `num_arrays` of `array_bytes`
+    each follow on the fabric, and it is those that are sent back.
+    """
+
+    array_bytes: int = 0
+    num_arrays: int = 0
+    padding: bytes = b""
+
+
+class LinkReport(Message, frozen=True):
+    """What one rank says of its links to every rank: seconds one way and bytes a second, or None.
+
+    `used` are the interfaces that led there, `interfaces` all that this rank's host has.
+    """
+
+    fabric: list[tuple[float, float] | None]
+    control: list[tuple[float, float] | None]
+    used: list[Interface | None]
+    interfaces: list[Interface]
 
 
 class Outcome(Message, frozen=True):
@@ -291,7 +366,23 @@ class Recording(Message, frozen=True):
 
 
 AnyMessage = (
-    Plan | Hidden | Tokens | Report | MachineReport | Address | Outcome | Identity | Recording
+    Plan
+    | Hidden
+    | Tokens
+    | Report
+    | MachineReport
+    | Placing
+    | Holding
+    | Outline
+    | Part
+    | Wanted
+    | Tensor
+    | Address
+    | Ping
+    | LinkReport
+    | Outcome
+    | Identity
+    | Recording
 )
 M = TypeVar("M", bound=Message)
 

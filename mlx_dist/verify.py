@@ -17,11 +17,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from mlx_dist import display
+from mlx_dist.cluster.placement import Share
 from mlx_dist.cluster.world import alone
 from mlx_dist.config import RunConfig
 from mlx_dist.engine.batching import Batching
-from mlx_dist.engine.program import Rank
-from mlx_dist.engine.sequence import Request
+from mlx_dist.engine.program import Rank, Spare
+from mlx_dist.engine.sequence import Event, Request
 from mlx_dist.engine.session import Session, open_session
 from mlx_dist.engine.text import Tokenizer
 from mlx_dist.errors import AgreedError, ModelError, RequestError
@@ -71,7 +72,7 @@ def run_verify(
                 requests = [_request(session.tokenizer, text, max_tokens) for text in texts]
         rank = session.load()
         with world.agreement():
-            single, single_rank = _one_process(session) if world.is_leader else (session, rank)
+            single, single_rank = one_process(session) if world.is_leader else (session, rank)
         comparisons = []
         for i, text in enumerate(texts):
             request = requests[i] if world.is_leader else None
@@ -98,30 +99,46 @@ def _request(tokenizer: Tokenizer, text: str, max_tokens: int) -> Request:
     return Request(tokens, tokenizer.limit(tokens, max_tokens), Sampling(), record=True)
 
 
-def _one_process(session: Session) -> tuple[Session, Rank]:
-    """The same model and program in a world of one."""
-    single = replace(session, world=alone(), config=replace(session.config, layers=None))
+def one_process(session: Session) -> tuple[Session, Rank]:
+    """The same model and program in a world of one. Raises ModelError if it cannot be."""
+    num_layers = session.layout.shares[-1].end
+    layout = replace(session.layout, shares=(Share(0, 0, num_layers),))
+    single = replace(session, world=alone(), layout=layout)
     try:
-        return single, single.load()
+        rank = single.load()
+        assert isinstance(rank, Rank)
+        return single, rank
     except AgreedError as error:
         # Agreed on in the world of one only.
         raise ModelError(f"one process cannot load the whole model: {error}") from None
 
 
-def _run(session: Session, rank: Rank, request: Request | None) -> tuple[list[int], list[Arrays]]:
-    """The tokens, on the leader, and for each step what all layers put out and the logits."""
-    tokens: list[int] = []
+def answer(session: Session, rank: Rank | Spare, request: Request | None) -> list[Event]:
+    """Have all ranks answer the leader's `request`; its events. Others give None and get none.
+
+    Raises RequestError, on the leader, for what cannot be served; the others are told of the end.
+    """
     reports = session.reports(rank)
-    if request is None:
+    if isinstance(rank, Spare) or request is None:
         rank.follow()
-    else:
-        batching = Batching(prefill_chunk=session.config.prefill_chunk)
-        leader = session.leader(rank, reports, batching)
-        tokens = [e.token for e in leader.stream(request) if e.token is not None]
-        leader.shutdown()
+        return []
+    leader = session.leader(rank, reports, Batching(prefill_chunk=session.config.prefill_chunk))
+    try:
+        return list(leader.stream(request))
+    finally:
+        if not leader.is_broken:
+            leader.shutdown()
+
+
+def _run(
+    session: Session, rank: Rank | Spare, request: Request | None
+) -> tuple[list[int], list[Arrays]]:
+    """The tokens, on the leader, and for each step what all layers put out and the logits."""
+    tokens = [e.token for e in answer(session, rank, request) if e.token is not None]
     own = Recording([[array.tobytes() for array in step] for step in rank.recordings])
     rank.recordings.clear()
-    gathered = [expect(m, Recording).steps for m in session.world.control.all_gather(own)]
+    recordings = session.world.control.all_gather(own)
+    gathered = [expect(recordings[number], Recording).steps for number in session.layout.pipe]
     return tokens, [
         [np.frombuffer(data, np.float32) for part in step for data in part]
         for step in zip(*gathered, strict=True)

@@ -8,23 +8,9 @@ from typing import Annotated
 import typer
 
 from mlx_dist.cli.app import app
-from mlx_dist.cli.options import (
-    DEMO,
-    AsJson,
-    DtypeOption,
-    FabricOption,
-    Hostfile,
-    JacclDevices,
-    Layers,
-    Model,
-    NumRanks,
-    PrefillChunk,
-    become_ranks,
-    flag,
-    new_seed,
-)
+from mlx_dist.cli.flags import flag_of
+from mlx_dist.cli.options import AsJson, Run, new_seed, runs_model
 from mlx_dist.cluster import launch
-from mlx_dist.config import Dtype, Fabric, RunConfig, parse_layers
 from mlx_dist.errors import RequestError
 from mlx_dist.messages import Sampling
 from mlx_dist.params import Params
@@ -34,11 +20,10 @@ _MOST_STDIN_BYTES = 120_000
 
 
 @app.command()
+@runs_model("prefill_chunk")
 def generate(
+    run: Run,
     prompt: Annotated[str, typer.Option(help="The text to answer, or - to read it from stdin.")],
-    model: Model = DEMO,
-    num_ranks: NumRanks = None,
-    hostfile: Hostfile = None,
     chat: Annotated[
         bool | None,
         typer.Option("--chat/--raw", help="As a chat, or as it is. Chat if there is a template."),
@@ -62,15 +47,9 @@ def generate(
     stop: Annotated[
         list[str] | None, typer.Option(help="End the text before this string; may repeat.")
     ] = None,
-    layers: Layers = None,
-    fabric: FabricOption = Fabric.auto,
-    dtype: DtypeOption = Dtype.auto,
-    prefill_chunk: PrefillChunk = 512,
-    jaccl_devices: JacclDevices = None,
     as_json: AsJson = False,
 ) -> None:
     """Generate text from one prompt."""
-    config = RunConfig(model, parse_layers(layers), fabric, dtype, prefill_chunk, jaccl_devices)
     sampling = Sampling(
         temperature=temperature,
         top_p=top_p,
@@ -83,16 +62,14 @@ def generate(
         seed=new_seed(seed),
     )
     params = Params(max_tokens, sampling, tuple(stop or ()))
-    params.check(flag)
+    params.check(flag_of)
     if prompt == "-":
         prompt = _read_stdin()
-        # For the ranks: of an option that is given twice, the last counts.
-        sys.argv += ["--prompt", prompt]
-    blas = become_ranks(num_ranks, hostfile)
+    blas = run.become_ranks(prompt=prompt)
 
     from mlx_dist.generate import run_generate
 
-    run_generate(config, blas, prompt, chat, params, as_json)
+    run_generate(run.config, blas, prompt, chat, params, as_json)
 
 
 def _read_stdin() -> str:

@@ -8,21 +8,8 @@ from typing import Annotated
 import typer
 
 from mlx_dist.cli.app import app
-from mlx_dist.cli.options import (
-    DEMO,
-    Batching,
-    DtypeOption,
-    FabricOption,
-    Hostfile,
-    JacclDevices,
-    KvMemory,
-    Layers,
-    Model,
-    NumRanks,
-    Trust,
-    become_ranks,
-)
-from mlx_dist.config import Dtype, Fabric, RunConfig, parse_layers
+from mlx_dist.cli.options import Run, runs_model
+from mlx_dist.config import Objective
 from mlx_dist.engine.batching import parse_batching
 from mlx_dist.errors import ConfigError
 from mlx_dist.serve.settings import HttpConfig
@@ -31,16 +18,25 @@ _HTTP = HttpConfig()
 
 
 @app.command()
+@runs_model(
+    "batching",
+    "max_queue",
+    "kv_memory_gb",
+    "reuse_prefixes",
+    "trust_remote_code",
+    optimize=Objective.throughput,
+)
 def serve(
-    model: Model = DEMO,
-    num_ranks: NumRanks = None,
-    hostfile: Hostfile = None,
+    run: Run,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = _HTTP.host,
     port: Annotated[int, typer.Option(help="Port to listen on; 0 is any free one.")] = _HTTP.port,
     api_key: Annotated[
         str | None,
         typer.Option(
-            envvar="MLX_DIST_API_KEY", help="Key that requests must carry.", show_envvar=True
+            envvar="MLX_DIST_API_KEY",
+            hide_input=True,  # Never shown, never in a command line.
+            show_default=False,
+            help="Key that requests must carry.",
         ),
     ] = None,
     api_key_file: Annotated[Path | None, typer.Option(help="File that holds the key.")] = None,
@@ -50,15 +46,6 @@ def serve(
     cors_origin: Annotated[
         list[str] | None, typer.Option(help="Origin whose pages may call; may repeat.")
     ] = None,
-    batching: Batching = "auto",
-    max_queue: Annotated[int, typer.Option(help="Most requests that wait.")] = 1024,
-    kv_memory_gb: KvMemory = None,
-    reuse_prefixes: Annotated[
-        bool,
-        typer.Option(
-            "--reuse-prefixes/--no-reuse-prefixes", help="Keep caches for prompts that begin alike."
-        ),
-    ] = True,
     max_body_bytes: Annotated[int, typer.Option(help="Largest body.")] = _HTTP.max_body_bytes,
     max_header_bytes: Annotated[
         int, typer.Option(help="Largest headers.")
@@ -88,29 +75,13 @@ def serve(
         float, typer.Option(help="Longest wait for streams at the end.")
     ] = _HTTP.stop_timeout_s,
     access_log: Annotated[bool, typer.Option("--access-log", help="Log requests.")] = False,
-    layers: Layers = None,
-    fabric: FabricOption = Fabric.auto,
-    dtype: DtypeOption = Dtype.auto,
-    jaccl_devices: JacclDevices = None,
-    trust_remote_code: Trust = False,
 ) -> None:
     """Serve the model over HTTP, as OpenAI does."""
-    config = RunConfig(
-        model,
-        parse_layers(layers),
-        fabric,
-        dtype,
-        jaccl_devices=jaccl_devices,
-        kv_memory_gb=kv_memory_gb,
-        batching=batching,
-        max_queue=max_queue,
-        reuse_prefixes=reuse_prefixes,
-        trust_remote_code=trust_remote_code,
-    )
+    key = read_key(api_key, api_key_file)
     http = HttpConfig(
         host=host,
         port=port,
-        api_key=_read_key(api_key, api_key_file),
+        api_key=key,
         allowed_hosts=tuple(allowed_host or ()),
         cors_origins=tuple(cors_origin or ()),
         max_body_bytes=max_body_bytes,
@@ -129,20 +100,21 @@ def serve(
         stop_timeout_s=stop_timeout_s,
         access_log=access_log,
     )
-    parse_batching(batching)
-    if max_choices > max_queue:
+    parse_batching(run.config.batching)
+    if max_choices > run.config.max_queue:
         raise ConfigError(
-            f"--max-choices {max_choices} is more than --max-queue {max_queue}; a request of so "
-            "many could never be taken"
+            f"--max-choices {max_choices} is more than --max-queue {run.config.max_queue}; "
+            "a request of so many could never be taken"
         )
-    blas = become_ranks(num_ranks, hostfile)
+    # The file need not be on the other hosts.
+    blas = run.become_ranks(api_key=key, api_key_file=None)
 
     from mlx_dist.server import run_server
 
-    run_server(config, http, blas)
+    run_server(run.config, http, blas)
 
 
-def _read_key(key: str | None, file: Path | None) -> str | None:
+def read_key(key: str | None, file: Path | None) -> str | None:
     """The API key that is given one way or the other, or None. Raises ConfigError."""
     if file is None:
         return key

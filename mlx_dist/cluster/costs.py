@@ -31,13 +31,15 @@ class LayerCost:
     """One layer. `dense` is what every token meets; of `num_experts` experts it meets some.
 
     `expert` is a single expert's matrices. `score_flops` are those of one query and one key, all
-    heads together, and `num_activations` the elements of activation functions a token.
+    heads together; `num_scores` are the elements whose exponential they cost, where attention is
+    not one operation. `num_activations` are the elements of activation functions a token.
     """
 
     weights_bytes: int
     dense: Products
     kv: KvCost
     score_flops: int = 0
+    num_scores: int = 0
     num_activations: int = 0
     num_ops: int = 0
     expert: Products = Products()
@@ -75,6 +77,13 @@ class ModelCosts:
     @property
     def num_layers(self) -> int:
         return len(self.layers)
+
+    @property
+    def bits(self) -> int:
+        """Bits of the largest quantized matrices, without their scales, or 0 if there are none."""
+        parts = [part for layer in self.layers for part in (layer.dense, layer.expert)]
+        quantized = [part for part in parts if part.is_quantized]
+        return int(max(quantized, key=lambda part: part.num_weights).bits) if quantized else 0
 
     def weights_bytes(self, start: int, end: int) -> int:
         """Bytes of the parameters that the stage [start, end) holds."""

@@ -31,14 +31,13 @@ class FabricWire:
         self._receive_stream = receive_stream
 
     def send(self, frame: bytes, destination: int) -> None:
-        mx.eval(
-            [
+        for block in self._blocks(frame):
+            # One by one: of those that are evaluated together MLX sends the last one first.
+            mx.eval(
                 mx.distributed.send(
                     _array(block), destination, group=self._group, stream=self._send_stream
                 )
-                for block in self._blocks(frame)
-            ]
-        )
+            )
 
     def receive(self, source: int, is_idle: bool = False) -> bytes:
         frame = self._receive_block(source)

@@ -12,7 +12,9 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from mlx_dist.cluster import mpi
+from mlx_dist.cluster import jobs, mpi
+from mlx_dist.cluster.hostfile import read_hosts
+from mlx_dist.cluster.remote import require_reached
 from mlx_dist.errors import ConfigError, LaunchError
 
 MAX_RANKS = 64
@@ -100,7 +102,14 @@ def mpirun_command(num_ranks: int, hostfile: Path | None, python: list[str]) -> 
         if name.startswith(_FORWARDED) and name not in LOCAL_VARIABLES:
             command += ["-x", name]
     # By absolute path: a bare name is looked up on the other host with another PATH.
-    return [*command, str(Path(sys.executable).absolute()), *_without_colons(python)]
+    interpreter = str(Path(sys.executable).absolute())
+    return [*command, interpreter, *_job_option(), *_without_colons(python)]
+
+
+def _job_option() -> list[str]:
+    """Puts the id of a job that has one into its ranks' command lines, where `ps` shows it."""
+    job = os.environ.get(jobs.VARIABLES[0])
+    return ["-X", f"{jobs.OPTION}={job}"] if job else []
 
 
 def _without_colons(arguments: list[str]) -> list[str]:
@@ -115,11 +124,17 @@ def _without_colons(arguments: list[str]) -> list[str]:
 
 
 def relaunch(num_ranks: int, hostfile: Path | None, arguments: list[str]) -> NoReturn:
-    """Become mpirun with `num_ranks` ranks of this program. Does not return."""
+    """Become mpirun with `num_ranks` ranks of this program. Does not return.
+
+    Raises ConfigError or LaunchError for what cannot be started, naming a host out of reach.
+    """
     if sys.stderr.isatty():
         # Under mpirun stderr is a pipe; the ranks cannot see that a person watches.
         os.environ["MLX_DIST_TERMINAL_WIDTH"] = str(shutil.get_terminal_size().columns)
     command = mpirun_command(num_ranks, hostfile, ["-m", "mlx_dist", *arguments])
+    if hostfile is not None:
+        # mpirun waits for minutes for a host that is not there.
+        require_reached(read_hosts(hostfile))
     sys.stdout.flush()
     sys.stderr.flush()
     try:

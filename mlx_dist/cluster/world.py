@@ -67,24 +67,8 @@ class World:
         return self.rank == 0
 
     @property
-    def is_last(self) -> bool:
-        return self.rank == self.size - 1
-
-    @property
     def leader_rank(self) -> int:
         return 0
-
-    @property
-    def last_rank(self) -> int:
-        return self.size - 1
-
-    @property
-    def next_rank(self) -> int:
-        return self.rank + 1
-
-    @property
-    def previous_rank(self) -> int:
-        return self.rank - 1
 
     @property
     def host(self) -> str:
@@ -108,10 +92,22 @@ class World:
         if not failed:
             return
         if len(failed) == self.size and len(set(failed.values())) == 1:
-            raise AgreedError(failed[0])
+            raise AgreedError(failed[self.leader_rank])
         raise AgreedError(
             "; ".join(f"rank {rank} ({self.hosts[rank]}): {what}" for rank, what in failed.items())
         )
+
+    @contextmanager
+    def decision(self) -> Iterator[None]:
+        """As `agreement`, of a block in which only the leader does anything."""
+        try:
+            with self.agreement():
+                yield
+        except AgreedError as error:
+            # What is wrong is nothing of the leader's host.
+            raise AgreedError(
+                str(error).removeprefix(f"{self._name([self.leader_rank])}: ")
+            ) from None
 
     def compare(self, facts: dict[str, str]) -> None:
         """Raise AgreedError, the same on every rank, unless `facts` are equal on all of them."""

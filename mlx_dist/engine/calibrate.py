@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import sys
 import time
 from collections.abc import Mapping
-from contextlib import suppress
-from pathlib import Path
 
-import msgspec
-
+from mlx_dist.cluster import memo
 from mlx_dist.engine.batching import StepTimes
 from mlx_dist.engine.program import Leader
 from mlx_dist.messages import Close, Open, Opening, Row, Sampling, Step
@@ -65,19 +58,10 @@ def remembered(
 
     `facts` tell this placement from others. With `is_fresh` it is measured in any case.
     """
-    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
-    path = _cache_folder() / f"{key}.json"
-    with suppress(OSError, msgspec.DecodeError):
-        if not is_fresh:
-            return msgspec.json.decode(path.read_bytes(), type=StepTimes), True
+    if not is_fresh and (times := memo.recall("step times", facts, StepTimes)):
+        return times, True
     times = measure(leader, most_sequences, context_tokens, budget_s=8.0)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        whole = path.with_suffix(f".{os.getpid()}")
-        whole.write_bytes(msgspec.json.encode(times))
-        whole.replace(path)
-    except OSError as error:
-        print(f"mlx-dist: step times are not remembered: {error}", file=sys.stderr)
+    memo.keep("step times", facts, times)
     return times, False
 
 
@@ -111,11 +95,3 @@ def _step(leader: Leader, rows: list[Row], sample: bool) -> tuple[tuple[float, .
 
 def _powers(first: int, last: int) -> list[int]:
     return [size for size in (first << i for i in range(16)) if size <= last]
-
-
-def _cache_folder() -> Path:
-    if sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "mlx_dist" / "step_times"

@@ -18,6 +18,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from mlx_dist.cluster.memory import peak_rss_bytes
 from mlx_dist.engine.kv import KvRoom
 from mlx_dist.engine.scheduler import Scheduler
 from mlx_dist.engine.sequence import Event, FinishReason, Request
@@ -31,6 +32,7 @@ from mlx_dist.messages import (
     Open,
     Plan,
     Probe,
+    Report,
     Shutdown,
     Step,
     Tokens,
@@ -69,6 +71,21 @@ class Rank:
         """Execute the plans that come, `Shutdown` last: the program of all but the leader."""
         for plan in self.transport.plans():
             self.execute(plan)
+
+    def report(self, rank: int, host: str) -> Report:
+        """This rank's account of itself."""
+        return Report(
+            rank=rank,
+            host=host,
+            layers=(self.stage.start, self.stage.end),
+            weights_bytes=self.weights_bytes,
+            peak_rss_bytes=peak_rss_bytes(),
+            load_s=self.load_s,
+            kv_cost=self.kv_room.cost,
+            kv_budget_bytes=self.kv_room.budget_bytes,
+            busy_s=self.busy_s,
+            sent_bytes=self.transport.sent_bytes,
+        )
 
     def execute(self, plan: Plan) -> None:
         """Do this rank's part of `plan`."""
@@ -155,6 +172,20 @@ class Rank:
     def _vitals(self, step_s: float) -> Vitals:
         slots = self.stage.slots
         return Vitals(step_s, slots.num_slots, slots.kv_bytes)
+
+
+class Spare:
+    """A rank that the placement leaves out: it holds nothing, and waits for the others' end."""
+
+    def __init__(self) -> None:
+        self.recordings: list[list[NDArray[np.float32]]] = []
+
+    def follow(self) -> None:
+        """No plan comes here."""
+
+    def report(self, rank: int, host: str) -> Report:
+        """This rank's account of itself: no layers."""
+        return Report(rank, host, (0, 0), 0, peak_rss_bytes(), 0.0)
 
 
 class Leader:

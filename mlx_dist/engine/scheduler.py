@@ -26,7 +26,7 @@ _MOST_GROUPS = 2
 _STEPS_BETWEEN = 2
 # How much the last prefill step says of the next one's time.
 _SLOWDOWN_WEIGHT = 0.5
-# What a prompt of many steps takes of a step's tokens, so that the others hardly notice it.
+# What a prompt of many steps takes of a step's tokens, so that several streams hardly notice it.
 _LONG_PROMPT_SHARE = 0.6
 # A step that takes so much longer than it should says nothing of the next one.
 _NOISE = 0.1
@@ -284,7 +284,7 @@ class Scheduler:
         for sequence in prefill.sequences:
             num_tokens = sequence.num_to_prefill
             if len(prefill.sequences) == 1:
-                if num_tokens > most and self._num_decoding:
+                if num_tokens > most and self._num_decoding > 1:
                     # Every round has one, not just now and then.
                     most = max(1, int(_LONG_PROMPT_SHARE * most))
                 ahead = [

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,34 +17,35 @@ from importlib.metadata import version
 import mlx.core as mx
 
 import mlx_dist
-from mlx_dist.cluster import placement
+from mlx_dist.cluster.additions import Case
+from mlx_dist.cluster.costs import Workload
 from mlx_dist.cluster.launch import LOCAL_VARIABLES
-from mlx_dist.cluster.memory import available_bytes, peak_rss_bytes
+from mlx_dist.cluster.links import measure as measure_links
+from mlx_dist.cluster.memory import available_bytes
 from mlx_dist.cluster.world import World, join
-from mlx_dist.config import RunConfig
+from mlx_dist.config import RunConfig, Weights
 from mlx_dist.engine.admission import Reuse
 from mlx_dist.engine.batching import Batching
 from mlx_dist.engine.kv import KvLedger, KvRoom
-from mlx_dist.engine.program import Leader, Rank
+from mlx_dist.engine.placing import Layout, case_of, lay_out, measured
+from mlx_dist.engine.program import Leader, Rank, Spare
 from mlx_dist.engine.scheduler import Scheduler
 from mlx_dist.engine.text import Tokenizer
 from mlx_dist.engine.transport import Transport
 from mlx_dist.errors import ConfigError
 from mlx_dist.messages import WIRE_VERSION, Report, expect
 from mlx_dist.model.families import family_of
-from mlx_dist.model.files import ModelFiles, find_model
+from mlx_dist.model.feed import load_stages
+from mlx_dist.model.files import ModelFiles
 from mlx_dist.model.grammar import Grammars
+from mlx_dist.model.outline import found_model
 from mlx_dist.model.sampling import Samplers
 from mlx_dist.model.stage import Stage
 from mlx_dist.model.verdicts import UNBATCHED, UNPADDED
 from mlx_dist.model.weights import load_stage
 
-# What these name is a rank's own; any other MLX_ variable must be equal everywhere.
-_OWN_VARIABLES = LOCAL_VARIABLES | {
-    "MLX_DIST_API_KEY",
-    "MLX_DIST_TERMINAL_WIDTH",
-    "MLX_DIST_TRACE",
-}
+# Of ours only this one changes what ranks do: the others set flags, or are a rank's own.
+_SHARED_VARIABLE = "MLX_DIST_DEBUG"
 # Of the memory that is free once the weights are in, what sequences may fill.
 _KV_SHARE = 0.6
 _LEAST_TOKENS = 64
@@ -53,7 +55,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """A rank that has met the others and found the model.
+    """A rank that has met the others, found the model and knows its place.
 
     `tokenizer` is the leader's. `facts` are equal on all ranks.
     """
@@ -63,26 +65,38 @@ class Session:
     files: ModelFiles
     tokenizer: Tokenizer | None
     facts: dict[str, str]
+    layout: Layout
 
-    def load(self, progress: Progress = lambda _done, _total: None) -> Rank:
+    def load(self, progress: Progress = lambda _done, _total: None) -> Rank | Spare:
         """Read this rank's part of the model. `progress` hears of (bytes read, bytes in all).
 
         Raises AgreedError, the same on every rank, if any rank cannot.
         """
+        share = self.layout.share_of(self.world.rank)
         start = time.perf_counter()
+        loaded = None
+        if self.config.weights == Weights.leader:
+            span = None if share is None else (share.start, share.end)
+            loaded = load_stages(self.world, self.files, span, self.config.dtype, progress, _say)
+        if share is None:
+            with self.world.agreement():
+                return Spare()
         with self.world.agreement():
-            loaded = load_stage(self.files, self._cut, self.config.dtype, progress)
+            loaded = loaded or load_stage(
+                self.files, share.start, share.end, self.config.dtype, progress
+            )
             family = family_of(self.files.config)
             stage = Stage(
                 loaded.model,
                 loaded.anatomy,
-                *self._cut(loaded.anatomy.num_layers),
+                share.start,
+                share.end,
                 batches=family not in UNBATCHED,
                 pads=family not in UNPADDED,
             )
             if self.tokenizer is not None:
                 self.tokenizer.check_vocabulary(stage.vocab_size)
-            kv_room = KvRoom(stage.kv_cost(), self._kv_budget_bytes())
+            kv_room = KvRoom(stage.kv_cost(), self._kv_budget_bytes(loaded.weights_bytes))
             _check_room(kv_room)
         grammars = Grammars(
             self.files.folder,
@@ -92,7 +106,7 @@ class Session:
         )
         return Rank(
             stage=stage,
-            transport=Transport(self.world),
+            transport=Transport(self.world, self.layout.pipe),
             samplers=Samplers(stage.vocab_size, grammars.matcher),
             grammars=grammars,
             kv_room=kv_room,
@@ -116,40 +130,42 @@ class Session:
         if not slots.can_batch:
             batching = replace(batching, max_sequences=1)
         batching = replace(batching, pads=slots.can_pad)
-        rooms = [KvRoom(report.kv_cost, report.kv_budget_bytes) for report in reports]
+        num_stages = len(self.layout.pipe)
+        rooms = [KvRoom(r.kv_cost, r.kv_budget_bytes) for r in reports[:num_stages]]
         scheduler = Scheduler(
             batching,
             KvLedger(rooms, slack=batching.prefill_chunk),
-            num_stages=len(reports),
+            num_stages=num_stages,
             max_queue=max_queue,
             reuse=Reuse(reuses and slots.can_batch, slots.trim_limit),
         )
         return Leader(rank, scheduler)
 
-    def reports(self, rank: Rank) -> list[Report]:
-        """Every rank's account of itself, in rank order, on every rank."""
-        report = Report(
-            rank=self.world.rank,
-            host=self.world.host,
-            layers=(rank.stage.start, rank.stage.end),
-            weights_bytes=rank.weights_bytes,
-            peak_rss_bytes=peak_rss_bytes(),
-            load_s=rank.load_s,
-            kv_cost=rank.kv_room.cost,
-            kv_budget_bytes=rank.kv_room.budget_bytes,
-            busy_s=rank.busy_s,
-            sent_bytes=rank.transport.sent_bytes,
-        )
-        return [expect(message, Report) for message in self.world.control.all_gather(report)]
+    def case(self, workload: Workload, is_fresh: bool = False) -> Case | None:
+        """The leader's means to predict what this layout does. Every rank must ask at once.
 
-    def _kv_budget_bytes(self) -> int:
+        Links are measured, and machines unless their speeds are remembered and need not be fresh.
+        """
+        machines = measured(self.world, self.layout.machines, self.layout.costs, is_fresh)
+        links = measure_links(self.world).for_placement()
+        if self.layout.costs is None:
+            return None
+        return case_of(self.world, self.config, self.layout.costs, machines, links, workload)
+
+    def reports(self, rank: Rank | Spare) -> list[Report]:
+        """Every rank's account, on every rank: in the order of the stages, and then the spares'."""
+        own = rank.report(self.world.rank, self.world.host)
+        by_rank = [expect(message, Report) for message in self.world.control.all_gather(own)]
+        pipe = self.layout.pipe
+        spares = [report for report in by_rank if report.rank not in pipe]
+        return [*(by_rank[number] for number in pipe), *spares]
+
+    def _kv_budget_bytes(self, weights_bytes: int) -> int:
         if self.config.kv_memory_gb is not None:
             return int(self.config.kv_memory_gb * 1e9)
-        ranks_here = self.world.hosts.count(self.world.host)
-        return int(_KV_SHARE * available_bytes() / ranks_here)
-
-    def _cut(self, num_layers: int) -> tuple[int, int]:
-        return placement.cut(num_layers, self.world.size, self.config.layers)[self.world.rank]
+        now = available_bytes() // self.world.hosts.count(self.world.host)
+        within = self.layout.machines[self.world.rank].usable_bytes - weights_bytes
+        return int(_KV_SHARE * max(0, min(now, within)))
 
 
 @contextmanager
@@ -159,14 +175,20 @@ def open_session(config: RunConfig, blas: str) -> Iterator[Session]:
     Raises AgreedError, the same on every rank, if any rank cannot.
     """
     with join(config.fabric, config.jaccl_devices) as world:
-        with world.agreement():
-            files = find_model(config.model)
+        # Ranks that differ in this would wait for different things.
+        world.compare({"--weights": config.weights})
+        with found_model(world, config, _say) as files:
             tokenizer = None
-            if world.is_leader:
-                tokenizer = Tokenizer(files.folder, files.config, config.trust_remote_code)
-        facts = _facts(config, world, files, blas)
-        world.compare(facts)
-        yield Session(world, config, files, tokenizer, facts)
+            with world.agreement():
+                if world.is_leader:
+                    tokenizer = Tokenizer(files.folder, files.config, config.trust_remote_code)
+            facts = _facts(config, world, files, blas)
+            world.compare(facts)
+            yield Session(world, config, files, tokenizer, facts, lay_out(world, config, files))
+
+
+def _say(line: str) -> None:
+    print(f"mlx-dist: {line}", file=sys.stderr, flush=True)
 
 
 def _check_room(room: KvRoom) -> None:
@@ -177,9 +199,22 @@ def _check_room(room: KvRoom) -> None:
         )
 
 
+def settings(config: RunConfig) -> dict[str, str]:
+    """What decides how numbers come out on this host, beside versions and the model."""
+    device = mx.default_device().type.name
+    facts = {"device": device, "--dtype": str(config.dtype)}
+    if device == "cpu":
+        # With a compiler MLX fuses kernels, which round differently in the last bit.
+        facts["C++ compiler"] = "present" if shutil.which("g++") else "absent"
+    for name, value in os.environ.items():
+        is_of_mlx = name.startswith("MLX_") and not name.startswith("MLX_DIST_")
+        if name == _SHARED_VARIABLE or (is_of_mlx and name not in LOCAL_VARIABLES):
+            facts[name] = value
+    return facts
+
+
 def _facts(config: RunConfig, world: World, files: ModelFiles, blas: str) -> dict[str, str]:
     """What must be equal on all ranks, by names that mean something in an error."""
-    device = mx.default_device().type.name
     facts = {
         "mlx_dist": mlx_dist.__version__,
         "wire version": str(WIRE_VERSION),
@@ -187,18 +222,8 @@ def _facts(config: RunConfig, world: World, files: ModelFiles, blas: str) -> dic
         "mlx-lm": version("mlx-lm"),
         "MPI": world.mpi_wire.version if world.mpi_wire else "none",
         "fabric": world.fabric,
-        "device": device,
         "model": files.fingerprint(),
-        "--dtype": config.dtype,
-        "--layers": ",".join(map(str, config.layers)) if config.layers else "even",
-    }
-    if device == "cpu":
+    } | settings(config)
+    if facts["device"] == "cpu":
         facts["BLAS"] = blas
-        # With a compiler MLX fuses kernels, which round differently in the last bit.
-        facts["C++ compiler"] = "present" if shutil.which("g++") else "absent"
-    facts |= {
-        name: value
-        for name, value in os.environ.items()
-        if name.startswith("MLX_") and name not in _OWN_VARIABLES
-    }
     return facts

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -22,9 +22,17 @@ from mlx_dist.messages import Hidden, Plan, Probe, Shutdown, Tokens, Vitals, exp
 
 
 class Transport:
-    """One rank's ends of the pipe."""
+    """One rank's ends of the pipe.
 
-    def __init__(self, world: World) -> None:
+    `pipe` are the ranks that hold stages, in the order of the stages, the leader first. It closes
+    to a circle: tokens go from the last rank to the leader.
+    """
+
+    def __init__(self, world: World, pipe: Sequence[int]) -> None:
+        place = pipe.index(world.rank)
+        self._is_last = place == len(pipe) - 1
+        self._previous = pipe[place - 1]
+        self._next = pipe[(place + 1) % len(pipe)]
         self._world = world
         self._with_checksum = os.environ.get("MLX_DIST_DEBUG") == "1"
         self.waited_s = 0.0
@@ -32,14 +40,14 @@ class Transport:
 
     def pass_plan(self, plan: Plan) -> None:
         """Send `plan` down the pipe, ahead of the work it asks for."""
-        if not self._world.is_last:
-            self._world.control.send(plan, self._world.next_rank)
+        if not self._is_last:
+            self._world.control.send(plan, self._next)
 
     def plans(self) -> Iterator[Plan]:
         """What every rank but the leader must do next, `Shutdown` last; each is passed on first."""
         is_idle = False
         while True:
-            plan = self._world.control.receive(self._world.previous_rank, is_idle)
+            plan = self._world.control.receive(self._previous, is_idle)
             # Ranks are probed when there is nothing else to do.
             is_idle = isinstance(plan, Probe)
             if not isinstance(plan, Plan):
@@ -54,11 +62,11 @@ class Transport:
         checksum = _checksum(hidden_BLD) if self._with_checksum else None
         dtype = _dtype_name(hidden_BLD.dtype)
         self._world.control.send(
-            Hidden(list(hidden_BLD.shape), dtype, checksum, vitals), self._world.next_rank
+            Hidden(list(hidden_BLD.shape), dtype, checksum, vitals), self._next
         )
         sent = mx.distributed.send(
             hidden_BLD,
-            self._world.next_rank,
+            self._next,
             group=self._world.group,
             stream=self._world.streams.send,
         )
@@ -70,7 +78,7 @@ class Transport:
         return mx.distributed.recv(
             shape,
             dtype,
-            self._world.previous_rank,
+            self._previous,
             group=self._world.group,
             stream=self._world.streams.receive,
         )
@@ -81,7 +89,7 @@ class Transport:
         Raises ProtocolError unless what was announced and what came is what was promised.
         """
         start = time.perf_counter()
-        hidden = expect(self._world.control.receive(self._world.previous_rank), Hidden)
+        hidden = expect(self._world.control.receive(self._previous), Hidden)
         due = promised_BLD.shape, _dtype_name(promised_BLD.dtype)
         if (tuple(hidden.shape), hidden.dtype) != due:
             raise ProtocolError(
@@ -97,20 +105,20 @@ class Transport:
 
     def send_vitals(self, vitals: list[Vitals]) -> None:
         """Pass on a probe's findings to the next rank."""
-        self._world.control.send(Hidden([], "", None, vitals), self._world.next_rank)
+        self._world.control.send(Hidden([], "", None, vitals), self._next)
 
     def receive_vitals(self) -> list[Vitals]:
         """What a probe has found on the ranks before."""
-        return expect(self._world.control.receive(self._world.previous_rank), Hidden).vitals
+        return expect(self._world.control.receive(self._previous), Hidden).vitals
 
     def send_tokens(self, tokens: Tokens) -> None:
         """Answer the leader, from the last stage."""
-        self._world.control.send(tokens, self._world.leader_rank)
+        self._world.control.send(tokens, self._next)
 
     def poll_tokens(self) -> Tokens | None:
         """The last stage's next answer, on the leader, if it has come and one can look."""
         control = self._world.control
-        answer = control.poll(self._world.last_rank) if control.can_poll else None
+        answer = control.poll(self._previous) if control.can_poll else None
         return None if answer is None else expect(answer, Tokens)
 
     def receive_tokens(self, is_called: Callable[[], bool] = lambda: False) -> Tokens | None:
@@ -119,7 +127,7 @@ class Transport:
         Where one cannot look for an answer, this waits for it whatever calls.
         """
         if not self._world.control.can_poll:
-            return expect(self._world.control.receive(self._world.last_rank), Tokens)
+            return expect(self._world.control.receive(self._previous), Tokens)
         for _ in Waiter():
             if (tokens := self.poll_tokens()) is not None:
                 return tokens

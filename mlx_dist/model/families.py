@@ -80,6 +80,7 @@ class Anatomy:
 
 
 _WATCHED_SHAPE = (1, 2)  # one sequence, two tokens
+_MOST_NAMES = 1024  # of arguments in a call of MLX
 
 
 class StandIn:
@@ -199,14 +200,40 @@ def _find_users(
 
 
 class _Graph:
-    """The graph that MLX has built and not computed, as `mx.export_to_dot` shows it."""
+    """The graph that MLX has built and not computed, as `mx.export_to_dot` shows it.
+
+    It takes a limited number of names, so that the graph is looked at for some of the parameters
+    after others.
+    """
 
     def __init__(self, parameters: dict[str, mx.array], outputs: list[mx.array]) -> None:
-        self._parameters = parameters
         names = {f"output {i}": array for i, array in enumerate(outputs)}
         self._node_of = {id(array): f'"{name}"' for name, array in names.items()}
+        listed = list(parameters.items())
+        num_more = _MOST_NAMES - len(names)
+        assert num_more > 0
+        self._views = [
+            _View(dict(listed[start : start + num_more]), names)
+            for start in range(0, len(listed), num_more)
+        ]
+
+    def leads_to(self, output: mx.array, stop: mx.array | None) -> Iterator[str]:
+        """The names of the parameters that `output` is computed from, not looking past `stop`.
+
+        Raises FamilyError if `output` does not come from `stop`.
+        """
+        stop_node = self._node_of[id(stop)] if stop is not None else None
+        for view in self._views:
+            yield from view.leads_to(self._node_of[id(output)], stop_node)
+
+
+class _View:
+    """A graph with the names of `parameters` and of `outputs`."""
+
+    def __init__(self, parameters: dict[str, mx.array], outputs: dict[str, mx.array]) -> None:
+        self._parameters = parameters
         dot = io.StringIO()
-        mx.export_to_dot(dot, *outputs, **parameters, **names)
+        mx.export_to_dot(dot, *outputs.values(), **parameters, **outputs)
         self._inputs: dict[str, list[str]] = {}
         # An operation shows as: {node [label=...]}, its inputs, its outputs. The number of the
         # node does not tell operations apart: the calls of a compiled function share it.
@@ -220,14 +247,9 @@ class _Graph:
             elif target:
                 inputs.append(source)
 
-    def leads_to(self, output: mx.array, stop: mx.array | None) -> Iterator[str]:
-        """The names of the parameters that `output` is computed from, not looking past `stop`.
-
-        Raises FamilyError if `output` does not come from `stop`.
-        """
-        stop_node = self._node_of[id(stop)] if stop is not None else None
+    def leads_to(self, output_node: str, stop_node: str | None) -> Iterator[str]:
         seen: set[str] = set()
-        ahead = [self._node_of[id(output)]]
+        ahead = [output_node]
         while ahead:
             node = ahead.pop()
             if node in seen:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,8 +30,8 @@ from safetensors import SafetensorError, safe_open
 from mlx_dist.errors import ModelError
 from mlx_dist.model.families import family_of
 
-_SMALL_FILES = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken"]
-_WEIGHT_FILE = re.compile(r"model[\w.-]*\.safetensors", re.ASCII)
+SMALL_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken")
+WEIGHT_FILE = re.compile(r"model[\w.-]*\.safetensors", re.ASCII)
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _HUB_ANSWERS_S = 10.0
 # What huggingface_hub, its HTTP client and its downloader hf_xet raise.
@@ -58,7 +58,8 @@ class WeightFile:
 class ModelFiles:
     """A model's files as found: small ones in `folder`, weights described by their headers.
 
-    `repo` and `revision` are set for a model on the hub.
+    `repo` is set for a model on the hub. `revision` says which version this is, where it is not
+    the files here that do: a commit on the hub, or the leader's fingerprint.
     """
 
     name: str
@@ -71,7 +72,7 @@ class ModelFiles:
     def fingerprint(self) -> str:
         """Equal on two hosts that have the same model; reads a few kB of each file.
 
-        A model on the hub is known by its revision.
+        What has a revision is known by it.
         """
         if self.revision is not None:
             return self.revision
@@ -88,11 +89,12 @@ class ModelFiles:
         return digest.hexdigest()[:16]
 
 
-def find_model(name: str, *, require_proven: bool = True) -> ModelFiles:
+def find_model(name: str, *, require_proven: bool = True, asks_hub: bool = True) -> ModelFiles:
     """Find the model called `name`, a folder or a hub id, and check that it can be run.
 
-    Fetches only small files and headers. Raises ModelError, or FamilyError before anything of
-    an unproven family is fetched but its config. The proof itself asks for unproven ones, too.
+    Fetches only small files and headers, and nothing unless it `asks_hub`. Raises ModelError, or
+    FamilyError before anything of an unproven family is fetched but its config. The proof itself
+    asks for unproven ones, too.
     """
     try:
         folder = Path(name).expanduser()
@@ -105,7 +107,23 @@ def find_model(name: str, *, require_proven: bool = True) -> ModelFiles:
         raise ModelError(f"--model {name} is a file; name the folder that holds it")
     if not _HUB_ID.fullmatch(name):
         raise ModelError(f"--model {name} is neither a folder here nor a hub id (owner/name)")
+    if not asks_hub:
+        raise ModelError(f"--model {name} is no folder here")
     return _find_on_hub(name, require_proven)
+
+
+def find_described(
+    name: str, folder: Path, weights: Iterable[WeightFile], revision: str
+) -> ModelFiles:
+    """The model of which `folder` has the small files and `weights` are descriptions.
+
+    Of the weight files, those are used that this host has fetched from the hub before, and that
+    are the ones described. Raises ModelError, as `find_model`.
+    """
+    config = _read_config(folder)
+    family_of(config, require_proven=True)
+    found = tuple(_if_cached(file, name, revision) for file in weights)
+    return ModelFiles(name, folder, config, found, revision=revision)
 
 
 def fetch(files: ModelFiles, needed: frozenset[str]) -> ModelFiles:
@@ -145,11 +163,23 @@ def _find_on_hub(name: str, require_proven: bool) -> ModelFiles:
         config_path = Path(hf_hub_download(name, "config.json"))
         revision = config_path.parent.name
         family_of(_read_config(config_path.parent), require_proven=require_proven)
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=_SMALL_FILES))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(SMALL_FILES)))
         index = folder / "model.safetensors.index.json"
         names = sorted(_indexed_files(index)) if index.exists() else ["model.safetensors"]
         weights = tuple(_hub_header(name, file, revision) for file in names)
     return ModelFiles(name, folder, _read_config(folder), weights, name, revision)
+
+
+def _if_cached(file: WeightFile, repo: str, revision: str) -> WeightFile:
+    """`file` with its path, if the hub's cache here has the very file."""
+    if not _HUB_ID.fullmatch(repo):
+        return file
+    cached = try_to_load_from_cache(repo, file.name, revision=revision)
+    if not isinstance(cached, str):
+        return file
+    here = _read_header(Path(cached))
+    is_same = here.size_bytes == file.size_bytes and here.tensors() == file.tensors()
+    return here if is_same else file
 
 
 @contextmanager
@@ -213,7 +243,7 @@ def _indexed_files(index: Path) -> set[str]:
     try:
         names = set(json.loads(index.read_bytes())["weight_map"].values())
         # mlx-lm reads no others; and what the index says becomes a path.
-        strange = sorted(name for name in names if not _WEIGHT_FILE.fullmatch(name))
+        strange = sorted(name for name in names if not WEIGHT_FILE.fullmatch(name))
     except (ValueError, KeyError, AttributeError, TypeError):
         raise ModelError(f"{index} is damaged; copy it again") from None
     if strange:

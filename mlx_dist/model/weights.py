@@ -1,7 +1,8 @@
 """Loading a stage: its own tensors and no others. Knows arrays; knows no ranks and no network.
 
 mlx-lm builds the model and maps names to modules; here every tensor stays lazy until it is known
-to be this stage's, and is then read alone, so that the peak is the shard plus one tensor.
+to be this stage's, and is then read with few others, so that the peak is the shard plus one
+tensor. The tensors that files hold are called raw: a stage's own may be made of several of them.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import os
 import re
 import struct
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,12 +26,23 @@ from mlx_lm.utils import _get_classes, load_model
 
 from mlx_dist.config import Dtype
 from mlx_dist.errors import ModelError
-from mlx_dist.model.families import Anatomy, dissect
+from mlx_dist.model.families import Anatomy, _Graph, dissect
 from mlx_dist.model.files import ModelFiles, fetch
 
 _LAYER_NUMBER = re.compile(r"\.(\d+)\.")
 # What mlx-lm and MLX raise for a config or tensors that do not fit the family.
 _UNFIT = (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError, OSError)
+
+
+# One tensor is read by one thread, which memory that is touched for the first time holds up;
+# several are read by several.
+_AHEAD_BYTES = 64 << 20
+
+# A graph is shown with a limited number of names, of outputs and raw tensors together.
+_SHOWN = 256
+
+RawTensors = dict[str, mx.array]
+Change = Callable[[RawTensors], RawTensors]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,41 +54,133 @@ class LoadedModel:
     weights_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class OpenStage:
+    """A model built, and the tensors of one stage of it, `own`, lazy until they are read."""
+
+    name: str
+    model: nn.Module
+    anatomy: Anatomy
+    own: dict[str, mx.array]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(array.nbytes for array in self.own.values())
+
+    def read(self) -> Iterator[int]:
+        """Read the tensors, a few at a time; yields the bytes of each once it is here.
+
+        Raises ModelError if one cannot be read.
+        """
+        waiting = deque(self.own)
+        ahead: deque[str] = deque()
+        ahead_bytes = 0
+        while waiting or ahead:
+            with self._reading(ahead):
+                while waiting:
+                    num_bytes = self.own[waiting[0]].nbytes
+                    if ahead and ahead_bytes + num_bytes > _AHEAD_BYTES:
+                        break
+                    ahead.append(waiting.popleft())
+                    ahead_bytes += num_bytes
+                    mx.async_eval(self.own[ahead[-1]])  # type: ignore[no-untyped-call]
+                mx.eval(self.own[ahead[0]])
+            num_bytes = self.own[ahead.popleft()].nbytes
+            ahead_bytes -= num_bytes
+            yield num_bytes
+
+    def make(self, name: str) -> None:
+        """Make the tensor `name` now. Raises ModelError if it cannot be read."""
+        with self._reading([name]):
+            mx.eval(self.own[name])
+
+    @contextmanager
+    def _reading(self, names: Collection[str]) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            # MLX tells of a failure at the next chance, whosever it is; and of another one here,
+            # not in what follows.
+            with suppress(RuntimeError):
+                mx.synchronize()
+            others = f" or one of the {len(names) - 1} after it" if len(names) > 1 else ""
+            raise ModelError(
+                f"{self.name}: tensor {next(iter(names))}{others} cannot be read: {error}"
+            ) from None
+
+    def loaded(self) -> LoadedModel:
+        """The model, once all is read."""
+        return LoadedModel(self.model, self.anatomy, self.num_bytes)
+
+
 def load_stage(
     files: ModelFiles,
-    cut: Callable[[int], tuple[int, int]],
+    start: int,
+    end: int,
     dtype: Dtype,
     progress: Callable[[int, int], None],
 ) -> LoadedModel:
-    """Build the model and read the tensors of one stage, one at a time.
+    """Build the model and read the tensors of the stage [start, end), and no others.
 
-    `cut` is told the number of layers and answers the stage's [start, end). `progress` is called
-    with (bytes read, bytes in all). Raises ModelError if files or tensors are missing or damaged.
+    `progress` is called with (bytes read, bytes in all). Raises ModelError if files or tensors
+    are missing or damaged.
     """
-    model, anatomy = _build(files, dtype)
-    start, end = cut(anatomy.num_layers)
-    if any(file.path is None for file in files.weights):
+    stage = open_stage(files, start, end, dtype)
+    done_bytes, total_bytes = 0, stage.num_bytes
+    for num_bytes in stage.read():
+        done_bytes += num_bytes
+        progress(done_bytes, total_bytes)
+    return stage.loaded()
+
+
+def open_stage(
+    files: ModelFiles, start: int, end: int, dtype: Dtype, change: Change | None = None
+) -> OpenStage:
+    """Build the model for the stage [start, end); of a model on the hub, fetch its files first.
+
+    `change` is given the raw tensors, all lazy, and answers others in the place of some. Raises
+    ModelError if files are missing or do not fit the family.
+    """
+    model, anatomy = _build(files, dtype, change)
+    if files.repo is not None and any(file.path is None for file in files.weights):
         own_names = {name for name, _ in _owned(model, anatomy, start, end)}
         files = fetch(files, _files_needed(files, own_names, anatomy, start, end))
-        model, anatomy = _build(files, dtype)
-    own = list(_owned(model, anatomy, start, end))
-    total_bytes = sum(array.nbytes for _, array in own)
-    done_bytes = 0
-    for name, array in own:
-        try:
-            mx.eval(array)
-        except RuntimeError as error:
-            raise ModelError(f"{files.name}: tensor {name} cannot be read: {error}") from None
-        done_bytes += array.nbytes
-        progress(done_bytes, total_bytes)
-    return LoadedModel(model, anatomy, total_bytes)
+        model, anatomy = _build(files, dtype, change)
+    return OpenStage(files.name, model, anatomy, dict(_owned(model, anatomy, start, end)))
 
 
-def _build(files: ModelFiles, dtype: Dtype) -> tuple[nn.Module, Anatomy]:
+def raw_tensors_of(
+    files: ModelFiles, start: int, end: int, dtype: Dtype
+) -> dict[str, tuple[str, ...]]:
+    """The raw tensors that each tensor of the stage [start, end) is made of, by its name.
+
+    Reads none. Raises ModelError, as `open_stage`.
+    """
+    raw: RawTensors = {}
+
+    def look(tensors: RawTensors) -> RawTensors:
+        raw.update(tensors)
+        return tensors
+
+    model, anatomy = _build(files, dtype, look)
+    own = dict(_owned(model, anatomy, start, end))
+    # A node of its own for each, for it may be the raw tensor itself.
+    outputs = {name: mx.stop_gradient(array) for name, array in own.items()}
+    sources: dict[str, tuple[str, ...]] = {}
+    for names in (list(outputs)[i : i + _SHOWN] for i in range(0, len(outputs), _SHOWN)):
+        graph = _Graph(raw, [outputs[name] for name in names])
+        for name in names:
+            sources[name] = tuple(sorted(graph.leads_to(outputs[name], None)))
+    return sources
+
+
+def _build(
+    files: ModelFiles, dtype: Dtype, change: Change | None = None
+) -> tuple[nn.Module, Anatomy]:
     """The model with every tensor lazy."""
     try:
         with _folder_to_load(files) as (folder, hollow):
-            classes = partial(_classes_once_emptied, hollow)
+            classes = partial(_classes_once_emptied, hollow, change)
             model, _ = load_model(folder, lazy=True, get_model_classes=classes)
         _convert(model, dtype)
         return model, dissect(model)
@@ -91,7 +196,7 @@ def _folder_to_load(files: ModelFiles) -> Iterator[tuple[Path, list[Path]]]:
     mlx-lm needs every tensor's name and shape. Of a weight file that is not here it gets the
     header and then nothing, up to the size that MLX asks for.
     """
-    if files.repo is None:
+    if files.repo is None and all(f.path == files.folder / f.name for f in files.weights):
         yield files.folder, []
         return
     with tempfile.TemporaryDirectory(prefix="mlx_dist-") as name:
@@ -111,14 +216,27 @@ def _folder_to_load(files: ModelFiles) -> Iterator[tuple[Path, list[Path]]]:
         yield folder, hollow
 
 
-def _classes_once_emptied(hollow: list[Path], config: dict[str, Any]) -> Any:
+def _classes_once_emptied(
+    hollow: list[Path], change: Change | None, config: dict[str, Any]
+) -> tuple[Any, Any]:
     """The family's classes, which mlx-lm asks for once MLX has opened every weight file.
 
     From here on, reading a tensor of a hollow file by mistake is an error, never zeros.
     """
     for path in hollow:
         os.truncate(path, 0)
-    return _get_classes(config)
+    model_class, args_class = _get_classes(config)
+    if change is None:
+        return model_class, args_class
+
+    def sanitize(self: Any, weights: RawTensors) -> RawTensors:
+        """What mlx-lm gives the raw tensors to before anything else."""
+        changed = change(weights)
+        inherited = getattr(super(changing_class, self), "sanitize", None)
+        return inherited(changed) if inherited is not None else changed
+
+    changing_class: Any = type(model_class.__name__, (model_class,), {"sanitize": sanitize})
+    return changing_class, args_class
 
 
 def _files_needed(

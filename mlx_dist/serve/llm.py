@@ -18,11 +18,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
 from mlx_dist.cluster import launch
+from mlx_dist.cluster.additions import Case
 from mlx_dist.cluster.blas import preload_blas
+from mlx_dist.cluster.costs import Workload
 from mlx_dist.config import RunConfig
 from mlx_dist.engine import calibrate
 from mlx_dist.engine.batching import Batching, choose, parse_batching
@@ -41,6 +44,8 @@ __all__ = ["LLM", "Chunk", "Completion", "Generation", "Params", "RankInfo", "St
 _MOST_SEQUENCES = 64  # in a microbatch
 _MOST_UNASKED = 4096  # tokens of an answer whose length nobody bounds
 _LONGEST_PROMPT = 1 << 20
+# Predicted is what step times are measured for: sequences that have hardly begun.
+_A_TOKEN = Workload(context_tokens=16, prompt_tokens=())
 
 Progress = Callable[[int, int], None]
 Messages = Sequence[Mapping[str, Any]]
@@ -78,6 +83,8 @@ class LLM:
             with session.world.agreement():
                 if session.tokenizer is not None:
                     before_load(session.tokenizer)
+            # Step times are measured, too, where the batching is to be chosen.
+            case = None if parse_batching(config.batching) else session.case(_A_TOKEN)
             rank = session.load(progress)
             self._reports = session.reports(rank)
             if session.tokenizer is None:
@@ -85,11 +92,12 @@ class LLM:
                 session.reports(rank)
                 stack.close()
                 sys.exit(0)
+            assert isinstance(rank, Rank)  # The leader holds the first stage.
             self.tokenizer = session.tokenizer
             self.name = session.files.repo or session.files.folder.name
             self.grammars = rank.grammars
             self._session, self._rank = session, rank
-            self._leader = _leader(session, rank, self._reports)
+            self._leader = _leader(session, rank, self._reports, case)
             self._owner = threading.get_ident()
             self._stack = stack.pop_all()
 
@@ -258,16 +266,17 @@ class LLM:
                     )
 
 
-def _leader(session: Session, rank: Rank, reports: list[Report]) -> Leader:
+def _leader(session: Session, rank: Rank, reports: list[Report], case: Case | None) -> Leader:
     """A leader with the configured batching or one that is chosen by measuring."""
     config, slots = session.config, rank.stage.slots
-    batching = parse_batching(config.batching) or _measured(session, rank, reports)
+    batching = parse_batching(config.batching) or _measured(session, rank, reports, case)
     if not slots.can_batch:
         _log(f"{session.files.name}: this family's caches cannot be batched: one sequence each")
     return session.leader(rank, reports, batching, config.max_queue, config.reuse_prefixes)
 
 
-def _measured(session: Session, rank: Rank, reports: list[Report]) -> Batching:
+def _measured(session: Session, rank: Rank, reports: list[Report], case: Case | None) -> Batching:
+    """The batching that is best by measured step times; logged beside what was predicted."""
     start = time.monotonic()
     most = _MOST_SEQUENCES if rank.stage.slots.can_batch else 1
     context_tokens = session.tokenizer.context_tokens if session.tokenizer else None
@@ -285,14 +294,23 @@ def _measured(session: Session, rank: Rank, reports: list[Report]) -> Batching:
         context_tokens or _LONGEST_PROMPT,
         is_fresh=session.config.batching == "measure",
     )
-    batching = choose(times, len(reports), most)
-    rate = times.tokens_per_s(batching.num_microbatches, batching.max_sequences)
+    batching = choose(times, len(session.layout.pipe), most)
     how = "from an earlier start" if is_remembered else f"in {time.monotonic() - start:.1f} s"
+    num_streams = batching.num_microbatches * batching.max_sequences
+    rate = times.tokens_per_s(batching.num_microbatches, batching.max_sequences)
     _log(
         f"microbatches in flight: {batching.num_microbatches}, of up to "
         f"{batching.max_sequences} sequences; prompts in steps of {batching.prefill_chunk} "
-        f"tokens; {rate:.0f} tokens/s predicted by step times measured {how}"
+        f"tokens; one stream {times.tokens_per_s(1, 1):.1f} tokens/s, {num_streams} together "
+        f"{rate:.1f}, by step times measured {how}"
     )
+    if case is not None:
+        workload = replace(case.workload, num_sequences=num_streams)
+        predicted = replace(case, workload=workload).predicted(session.layout.shares)
+        _log(
+            f"the plan had predicted {predicted.stream_tokens_per_s:.1f} and "
+            f"{predicted.total_tokens_per_s:.1f}, limited by {predicted.limit}"
+        )
     return batching
 
 

@@ -1,4 +1,4 @@
-"""Three hosts on one machine: network namespaces with names and addresses of their own."""
+"""Three hosts on one machine: each with a name, address, processes and mounts of its own."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from tests.launching import Done, run
 
 HERE = Path(__file__).parent
 HOSTS = ["mxh1", "mxh2", "mxh3"]
+_KNOWN = Path("/etc/netns")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,20 +33,41 @@ class Cluster:
         return self.folder / "hosts.txt"
 
     def faults(self, **faults: Any) -> None:
-        """Set what the switch does to the links from now on."""
+        """Set what the switch does to the links from now on; `down` are hosts without one."""
+        faults["down"] = [_namespace(host) for host in faults.get("down", ())]
         (self.folder / "control.json").write_text(json.dumps(faults))
 
-    def on(self, host: str, *command: str | Path, **options: Any) -> Done:
+    def on(
+        self, host: str, *command: str | Path, env: dict[str, str] | None = None, **options: Any
+    ) -> Done:
         """Run `command` on `host`, where mpirun reaches the others."""
-        enter = ["ip", "netns", "exec", host, "unshare", "--uts", "bash", "-c"]
-        agent = {"PRTE_MCA_plm_ssh_agent": str(HERE / "ssh_agent.sh")}
-        script = f'hostname {host}; exec "$@"'
-        return run([*enter, script, "_", *command], env=agent, **options)
+        reach = {
+            "PRTE_MCA_plm_ssh_agent": str(HERE / "ssh_agent.sh"),
+            "TEST_HOSTS": f"{self.folder}:{sys.executable}",
+        }
+        enter = [sys.executable, "-IS", HERE / "host.py", "on", host, self.folder]
+        return run([*enter, *command], env=reach | (env or {}), **options)
 
     def mlx_dist(self, *arguments: str | Path, **options: Any) -> Done:
         """Run `mlx-dist ARGUMENTS` on three ranks, a host each, from the first."""
         command = [sys.executable, "-m", "mlx_dist", *arguments]
         return self.on("mxh1", *command, "-n", "3", "--hostfile", self.hostfile, **options)
+
+    @contextmanager
+    def replaced(self, host: str, path: Path, by: Path) -> Iterator[None]:
+        """While this lasts, the file or folder `path` is on `host` what `by` is elsewhere."""
+        done = self.on(host, "mount", "--bind", by, path)
+        assert done.code == 0, done.err
+        try:
+            yield
+        finally:
+            self.on(host, "umount", path)
+
+    def processes(self, host: str) -> list[str]:
+        """The command lines of all processes of `host` but its first."""
+        listed = self.on(host, "ps", "-eww", "-o", "pid=,args=").out.splitlines()
+        lines = [line.split(maxsplit=1) for line in listed]
+        return [args for pid, args in lines if pid != "1" and not args.startswith("ps -eww")]
 
 
 def _lacking() -> str | None:
@@ -60,35 +84,66 @@ def _lacking() -> str | None:
 def cluster(tmp_path_factory):
     if reason := _lacking():
         pytest.skip(reason)
-    folder = tmp_path_factory.mktemp("cluster")
+    # Not pytest's own folder, whose name is too long for a socket.
+    folder = tmp_path_factory.mktemp("c")
     up = Cluster(folder)
     up.hostfile.write_text("".join(f"{host} slots=1\n" for host in HOSTS))
     up.faults()
-    switch = None
-    try:
+    with ExitStack() as stack:
+        _forget_the_dead()
         for host in HOSTS:
-            subprocess.run(["ip", "netns", "add", host], check=True)
-            known = Path("/etc/netns") / host
-            known.mkdir(parents=True)
-            lines = [f"10.77.0.{i} {name}\n" for i, name in enumerate(HOSTS, 1)]
-            (known / "hosts").write_text("127.0.0.1 localhost\n" + "".join(lines))
-        switch = subprocess.Popen(
-            [sys.executable, HERE / "switch.py", folder / "control.json", *HOSTS],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert switch.stdout is not None
-        assert switch.stdout.readline() == "ready\n"
+            stack.enter_context(_host(host, folder))
+        command = [sys.executable, HERE / "switch.py", folder / "control.json"]
+        stack.enter_context(_until_the_end([*command, *map(_namespace, HOSTS)]))
         yield up
+
+
+def _namespace(host: str) -> str:
+    """The network namespace of `host`: another run of the tests has hosts of the same names."""
+    return f"{host}-{os.getpid()}"
+
+
+@contextmanager
+def _host(name: str, folder: Path) -> Iterator[None]:
+    namespace = _namespace(name)
+    (_KNOWN / namespace).mkdir(parents=True)
+    lines = [f"10.77.0.{i} {host}\n" for i, host in enumerate(HOSTS, 1)]
+    (_KNOWN / namespace / "hosts").write_text("127.0.0.1 localhost\n" + "".join(lines))
+    subprocess.run(["ip", "netns", "add", namespace], check=True)
+    enter = ["ip", "netns", "exec", namespace, "unshare", "--uts", "--ipc", "--mount", "--pid"]
+    enter += ["--fork", "--kill-child", "--mount-proc"]
+    try:
+        with _until_the_end([*enter, sys.executable, "-IS", HERE / "host.py", "up", name, folder]):
+            yield
     finally:
-        for host in HOSTS:
-            pids = subprocess.run(
-                ["ip", "netns", "pids", host], capture_output=True, text=True, check=False
-            )
-            for pid in pids.stdout.split():
-                os.kill(int(pid), 9)
-            subprocess.run(["ip", "netns", "del", host], check=False)
-            shutil.rmtree(Path("/etc/netns") / host, ignore_errors=True)
-        if switch is not None:
-            switch.kill()
-            switch.communicate()
+        _forget(namespace)
+
+
+def _forget(namespace: str) -> None:
+    if Path("/run/netns", namespace).exists():
+        subprocess.run(["ip", "netns", "del", namespace], check=True)
+    shutil.rmtree(_KNOWN / namespace, ignore_errors=True)
+
+
+def _forget_the_dead() -> None:
+    """Take away the hosts of runs that were killed."""
+    for host in HOSTS:
+        for known in _KNOWN.glob(f"{host}-*"):
+            if not Path("/proc", known.name.removeprefix(f"{host}-")).exists():
+                _forget(known.name)
+
+
+@contextmanager
+def _until_the_end(command: list[str | Path]) -> Iterator[None]:
+    """Run `command`, which says when it is ready, until the block is left."""
+    # If the tests are killed, it goes with them.
+    bound = ["setpriv", "--pdeathsig", "KILL", *command]
+    with subprocess.Popen(
+        bound, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() in ("up\n", "ready\n"), f"{command} is not up"
+            yield
+        finally:
+            process.kill()

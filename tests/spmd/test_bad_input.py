@@ -113,7 +113,7 @@ def test_more_ranks_than_layers():
         ("3,2,2", "adds up to 7 and the model has 6"),
         ("3,3", "cuts for 2 ranks and there are 3"),
         ("6,0,0", "without layers"),
-        ("a,b,c", "not a list of counts"),
+        ("a,b,c", "none of auto, even and a list of counts"),
     ],
 )
 def test_a_cut_that_does_not_add_up(layers, words):

@@ -35,7 +35,7 @@ def stages_of(folder, cut, **proven):
     files = find_model(str(folder))
     stages = []
     for start, end in zip((0, *cut), cut, strict=False):
-        loaded = load_stage(files, lambda _n, a=start, b=end: (a, b), Dtype.auto, lambda *_: None)
+        loaded = load_stage(files, start, end, Dtype.auto, lambda *_: None)
         stages.append(Stage(loaded.model, loaded.anatomy, start, end, **proven))
     return stages
 

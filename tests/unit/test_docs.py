@@ -10,6 +10,7 @@ import pytest
 import typer
 
 from mlx_dist.cli import app
+from mlx_dist.cli.settings import Settings
 from mlx_dist.model.verdicts import PROVEN, REFUSED
 from mlx_dist.serve import failures
 from mlx_dist.serve.metrics import Metrics
@@ -61,6 +62,30 @@ def test_every_flag_is_there_with_its_default(command):
         for flag in (*option.opts, *option.secondary_opts)
     }
     assert told == real
+
+
+def test_the_example_of_a_file_is_one(tmp_path):
+    [example] = re.findall(r"```toml\n(.*?)```", section("Configuration"), re.DOTALL)
+    (tmp_path / "example.toml").write_text(example)
+    settings = Settings.read(tmp_path / "example.toml")
+    defaults = settings.defaults(typer.main.get_command(app))
+    assert defaults["serve"]["port"] == 8200
+    assert defaults["generate"]["stop"] == ["\n\n", "END"]
+
+
+def test_the_example_of_the_configuration_is_one(tmp_path, monkeypatch, capsys):
+    [example] = re.findall(r"```\n\$ (.*?)```", section("Configuration"), re.DOTALL)
+    [file] = re.findall(r"```toml\n(.*?)```", section("Configuration"), re.DOTALL)
+    command, *lines = example.splitlines()
+    (tmp_path / "mlx-dist.toml").write_text(file)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    variable, _, *arguments = command.split()
+    monkeypatch.setenv(*variable.split("="))
+    app(arguments, standalone_mode=False)
+    printed = capsys.readouterr().out.replace(str(tmp_path), "/home/me")
+    told = {" ".join(line.split()) for line in lines if line != "…"}
+    assert told <= {" ".join(line.split()) for line in printed.splitlines()}
 
 
 def test_every_metric_is_there():

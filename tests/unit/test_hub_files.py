@@ -45,7 +45,7 @@ def _file_of(name):
     return "model-embed.safetensors" if "embed_tokens" in name else "model-head.safetensors"
 
 
-def _write_split(family, folder, variant=PLAIN):
+def write_split(family, folder, variant=PLAIN):
     """A tiny model as uploaded, a file for each layer, one for the embedding, one for the rest."""
     write_tiny_model(family, folder, variant)
     path = folder / "model.safetensors"
@@ -68,7 +68,7 @@ def _as_on_hub(files):
 
 
 def _load(files, start, end):
-    return load_stage(files, lambda _n: (start, end), Dtype.auto, lambda _done, _total: None)
+    return load_stage(files, start, end, Dtype.auto, lambda _done, _total: None)
 
 
 def _own_weights(loaded, start, end):
@@ -91,7 +91,7 @@ def _own_weights(loaded, start, end):
 )
 def test_a_stage_needs_the_files_of_its_layers(tmp_path, monkeypatch, family, variant, stage):
     start, end = stage
-    files = find_model(str(_write_split(family, tmp_path, variant)))
+    files = find_model(str(write_split(family, tmp_path, variant)))
     fetched = set()
 
     def download(_repo, name, revision):
@@ -116,7 +116,7 @@ def test_a_stage_needs_the_files_of_its_layers(tmp_path, monkeypatch, family, va
 
 
 def test_the_scales_of_the_head_go_with_it(tmp_path):
-    files = find_model(str(_write_split("llama", tmp_path)))
+    files = find_model(str(write_split("llama", tmp_path)))
     scales = b'{"lm_head.weight_scale_inv":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
     other = model_files.WeightFile("model-scales.safetensors", scales, 12 + len(scales), None)
     _, anatomy = weights._build(files, Dtype.auto)
@@ -126,8 +126,55 @@ def test_the_scales_of_the_head_go_with_it(tmp_path):
         assert (other.name in needed) is is_needed
 
 
+@pytest.mark.parametrize(
+    ("family", "name", "num_raw"),
+    [
+        ("mixtral", "model.layers.2.block_sparse_moe.switch_mlp.up_proj.weight", 4),
+        ("mixtral", "model.layers.2.self_attn.q_proj.weight", 1),
+        ("qwen3_vl", "language_model.model.layers.2.mlp.up_proj.weight", 1),
+    ],
+)
+def test_a_tensor_is_made_of_those_that_were_uploaded(tmp_path, family, name, num_raw):
+    files = _as_on_hub(find_model(str(write_split(family, tmp_path))))
+    made_of = weights.raw_tensors_of(files, 2, 4, Dtype.auto)
+    assert len(made_of[name]) == num_raw
+    assert all(".layers.2." in raw for raw in made_of[name])
+    assert {raw for raws in made_of.values() for raw in raws} == {
+        name
+        for file in files.weights
+        for name in file.tensors()
+        if ".layers.2." in name or ".layers.3." in name
+    }
+
+
+def test_a_file_that_was_fetched_before_is_used_if_it_is_the_same(tmp_path, monkeypatch):
+    files = find_model(str(write_split("llama", tmp_path)))
+    monkeypatch.setattr(
+        model_files,
+        "try_to_load_from_cache",
+        lambda _repo, name, revision: str(tmp_path / name) if "layer-2" in name else None,
+    )
+    absent = [replace(file, path=None) for file in files.weights]
+    larger = [replace(file, size_bytes=file.size_bytes + 1) for file in absent]
+
+    def found(name, weights):
+        described = model_files.find_described(name, tmp_path, weights, "version")
+        assert described.fingerprint() == "version"
+        return [file.name for file in described.weights if file.path is not None]
+
+    assert found("owner/model", absent) == ["model-layer-2.safetensors"]
+    assert found("owner/model", larger) == []
+    assert found("/a/folder", absent) == []
+
+
+def test_the_hub_is_not_asked_where_it_must_not_be(monkeypatch):
+    monkeypatch.setattr(model_files, "_find_on_hub", lambda *_args: pytest.fail("asked the hub"))
+    with pytest.raises(ModelError, match="owner/model is no folder here"):
+        find_model("owner/model", asks_hub=False)
+
+
 def test_a_tensor_that_is_not_here_cannot_be_read(tmp_path):
-    files = _as_on_hub(find_model(str(_write_split("llama", tmp_path))))
+    files = _as_on_hub(find_model(str(write_split("llama", tmp_path))))
     model, anatomy = weights._build(files, Dtype.auto)
     assert anatomy.num_layers == NUM_LAYERS
     arrays = tree_flatten(model.parameters())
@@ -145,7 +192,7 @@ def test_nor_while_the_model_is_built(tmp_path, monkeypatch):
         mx.eval(tensors)
         return tensors
 
-    files = find_model(str(_write_split("llama", tmp_path)))
+    files = find_model(str(write_split("llama", tmp_path)))
     monkeypatch.setattr(llama.Model, "sanitize", look)
     weights._build(files, Dtype.auto)
     with pytest.raises(ModelError, match=r"does not load.*Unable to read"):
@@ -153,7 +200,7 @@ def test_nor_while_the_model_is_built(tmp_path, monkeypatch):
 
 
 def test_a_stage_does_not_load_without_a_file_it_needs(tmp_path, monkeypatch):
-    files = find_model(str(_write_split("llama", tmp_path)))
+    files = find_model(str(write_split("llama", tmp_path)))
     monkeypatch.setattr(weights, "_files_needed", lambda *_args: frozenset())
     with pytest.raises(ModelError, match=r"tensor .* cannot be read"):
         _load(_as_on_hub(files), 0, 1)

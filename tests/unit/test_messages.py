@@ -10,15 +10,21 @@ from mlx_dist.messages import (
     Close,
     Drop,
     Hidden,
+    Holding,
     Identity,
     Interface,
     Keep,
+    LinkReport,
     Logprobs,
     MachineReport,
     Merge,
     Open,
     Opening,
     Outcome,
+    Outline,
+    Part,
+    Ping,
+    Placing,
     Probe,
     Recording,
     Report,
@@ -27,8 +33,10 @@ from mlx_dist.messages import (
     Shutdown,
     Speeds,
     Step,
+    Tensor,
     Tokens,
     Vitals,
+    Wanted,
     decode,
     encode,
     expect,
@@ -49,6 +57,8 @@ vitals = st.lists(st.builds(Vitals, st.floats(0, 9), counts, counts), max_size=3
 logprobs = st.none() | st.builds(
     Logprobs, st.floats(-99, 0), st.lists(st.tuples(counts, st.floats(-99, 0)), max_size=3)
 )
+interfaces = st.builds(Interface, st.text(), st.just("wifi"), st.text(), st.none())
+links = st.lists(st.none() | st.tuples(st.floats(0, 9), st.floats(0, 1e12)), max_size=3)
 messages = st.one_of(
     st.builds(Open, counts, st.lists(openings, max_size=3)),
     st.builds(Merge, counts, counts),
@@ -66,8 +76,21 @@ messages = st.one_of(
         vitals,
     ),
     st.builds(Tokens, counts, tokens, st.lists(logprobs, max_size=3), vitals),
+    st.builds(Ping, counts, counts, st.binary(max_size=50)),
+    st.builds(LinkReport, links, links, st.lists(st.none() | interfaces), st.lists(interfaces)),
     st.builds(Outcome, st.none() | st.text()),
     st.builds(Identity, st.text(), st.dictionaries(st.text(), st.text())),
+    st.builds(Placing, st.lists(st.tuples(counts, counts, counts))),
+    st.builds(Holding, st.text(), st.text()),
+    st.builds(
+        Outline,
+        st.text(),
+        st.lists(st.tuples(st.text(), counts), max_size=3),
+        st.dictionaries(st.text(), counts, max_size=3),
+    ),
+    st.builds(Part, st.binary(max_size=50)),
+    st.builds(Wanted, tokens),
+    st.builds(Tensor, counts, counts),
     st.builds(Recording, st.lists(st.lists(st.binary()))),
     st.builds(
         MachineReport,
@@ -80,7 +103,7 @@ messages = st.one_of(
         counts,
         counts,
         st.dictionaries(st.text(), st.text()),
-        st.lists(st.builds(Interface, st.text(), st.just("wifi"), st.text(), st.none())),
+        st.lists(interfaces),
         st.none()
         | st.builds(
             Speeds,

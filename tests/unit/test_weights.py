@@ -3,6 +3,7 @@
 import json
 import shutil
 import struct
+from dataclasses import replace
 
 import mlx.core as mx
 import pytest
@@ -11,12 +12,13 @@ from benchmarks.tiny_models import Variant, write_tiny_model
 from mlx_dist.cluster.placement import cut
 from mlx_dist.config import Dtype
 from mlx_dist.errors import FamilyError, ModelError
+from mlx_dist.model import weights
 from mlx_dist.model.files import find_model
 from mlx_dist.model.weights import load_stage
 
 
 def _load(folder, start, end, dtype=Dtype.auto):
-    return load_stage(find_model(str(folder)), lambda _n: (start, end), dtype, lambda _a, _b: None)
+    return load_stage(find_model(str(folder)), start, end, dtype, lambda _a, _b: None)
 
 
 @pytest.fixture
@@ -72,11 +74,41 @@ def test_dtype_converts_while_loading(model):
 
 def test_progress_ends_with_all_bytes(model):
     seen = []
-    loaded = load_stage(
-        find_model(str(model)), lambda _n: (0, 1), Dtype.auto, lambda *p: seen.append(p)
-    )
+    loaded = load_stage(find_model(str(model)), 0, 1, Dtype.auto, lambda *p: seen.append(p))
     assert seen[-1] == (loaded.weights_bytes, loaded.weights_bytes)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+@pytest.mark.parametrize("ahead_bytes", [0, 20_000, 1 << 30])
+def test_few_bytes_are_read_at_a_time(model, monkeypatch, ahead_bytes):
+    monkeypatch.setattr(weights, "_AHEAD_BYTES", ahead_bytes)
+    stage = weights.open_stage(find_model(str(model)), 0, 2, Dtype.auto)
+    sizes = [array.nbytes for array in stage.own.values()]
+    begun = []
+    begin = mx.async_eval
+    monkeypatch.setattr(mx, "async_eval", lambda array: (begin(array), begun.append(array.nbytes)))
+    done = []
+    for num_bytes in stage.read():
+        under_way = begun[len(done) :]
+        assert len(under_way) == 1 or sum(under_way) <= ahead_bytes
+        done.append(num_bytes)
+    assert done == begun == sizes
+
+
+def test_a_failure_is_told_once_and_not_of_what_comes_next(model):
+    files = find_model(str(model))
+    gone = tuple(replace(file, path=None) for file in files.weights)
+    for _ in range(5):
+        with pytest.raises(ModelError, match="cannot be read"):
+            load_stage(replace(files, weights=gone), 0, 2, Dtype.auto, lambda _a, _b: None)
+        for _ in range(3):
+            mx.eval(mx.ones((3,)) + 1)
+
+
+def test_a_tensor_is_made_of_those_that_files_hold(model):
+    made_of = weights.raw_tensors_of(find_model(str(model)), 2, 4, Dtype.bfloat16)
+    assert made_of == {name: (name,) for name in made_of}
+    assert {name.split(".")[2] for name in made_of} == {"2", "3"}
 
 
 def _edit_header(path, change):
@@ -115,10 +147,10 @@ def test_a_header_with_offsets_beyond_the_file_is_named(model):
 
 def test_a_missing_tensor_is_named(model):
     path = str(model / "model.safetensors")
-    weights = mx.load(path)
-    weights.pop("model.layers.3.mlp.up_proj.weight")
-    mx.eval(weights)
-    mx.save_safetensors(path, weights, {"format": "mlx"})
+    tensors = mx.load(path)
+    tensors.pop("model.layers.3.mlp.up_proj.weight")
+    mx.eval(tensors)
+    mx.save_safetensors(path, tensors, {"format": "mlx"})
     with pytest.raises(ModelError, match=r"model\.layers\.3\.mlp\.up_proj\.weight"):
         _load(model, 0, 1)
 

@@ -42,14 +42,12 @@ with join(Fabric(sys.argv[1])) as world:
     results = {}
     for stages in cuts(files.config["num_hidden_layers"], world.size):
         start, end = stages[world.rank]
-        loaded = load_stage(
-            files, lambda _n, s=start, e=end: (s, e), Dtype.auto, lambda _done, _total: None
-        )
+        loaded = load_stage(files, start, end, Dtype.auto, lambda _done, _total: None)
         stage = Stage(loaded.model, loaded.anatomy, start, end)
         grammars = Grammars(files.folder, files.config, stage.vocab_size)
         rank = Rank(
             stage=stage,
-            transport=Transport(world),
+            transport=Transport(world, range(world.size)),
             samplers=Samplers(stage.vocab_size, grammars.matcher),
             grammars=grammars,
             kv_room=KvRoom(stage.kv_cost(), 1 << 30),

@@ -12,8 +12,8 @@ from mlx_dist.cluster.blas import preload_blas
 
 preload_blas(1)
 
-from mlx_dist import cli
 from mlx_dist.__main__ import main
+from mlx_dist.cli import options
 from mlx_dist.engine import session
 from mlx_dist.engine.program import Rank
 
@@ -52,6 +52,6 @@ if int(os.environ["OMPI_COMM_WORLD_RANK"]) == RANK:
     else:
         Rank.execute = failing(Rank.execute)
 # It is open already.
-cli.preload_blas = lambda _num_threads: "test"
+options.preload_blas = lambda _num_threads: "test"
 sys.argv[1:] = sys.argv[4:]
 main()

@@ -11,7 +11,5 @@ from mlx_dist.model.files import find_model
 from mlx_dist.model.weights import load_stage
 
 start, end = map(int, sys.argv[2].split(","))
-loaded = load_stage(
-    find_model(sys.argv[1]), lambda _n: (start, end), Dtype.auto, lambda _done, _total: None
-)
+loaded = load_stage(find_model(sys.argv[1]), start, end, Dtype.auto, lambda _done, _total: None)
 print(loaded.weights_bytes)

@@ -1,0 +1,58 @@
+"""mpirun's hostfile: which hosts it names, and how one is written. Knows no ssh and no MPI."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+from mlx_dist.errors import ConfigError
+
+
+def read_hosts(hostfile: Path) -> tuple[str, ...]:
+    """The hosts of `hostfile`, each once, in its order. mpirun starts a daemon on every one.
+
+    Raises ConfigError if it cannot be read or names none.
+    """
+    try:
+        lines = hostfile.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--hostfile {hostfile} cannot be read: {error}") from None
+    words = [line.partition("#")[0].split() for line in lines]
+    hosts = tuple(dict.fromkeys(line[0] for line in words if line))
+    if not hosts:
+        raise ConfigError(f"--hostfile {hostfile} names no host; see hostfile.txt for an example")
+    return hosts
+
+
+def hostfile_of(hosts: Sequence[str]) -> str:
+    """The text of a hostfile with a rank on each of `hosts`."""
+    lines = [
+        "# The hosts, one rank each. The first, the leader, is where mlx-dist is started.",
+        "# It must reach the others by ssh without a password.",
+        *(f"{host} slots=1" for host in hosts),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def is_this_machine(host: str) -> bool:
+    """Whether `host`, as a hostfile has it, is where this process runs."""
+    name = host.rpartition("@")[2]
+    own = socket.gethostname()
+    if name.lower() in ("localhost", own.lower(), own.partition(".")[0].lower()):
+        return True
+    try:
+        found = socket.getaddrinfo(name, 0, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return False
+    return any(_is_own(family, address) for family, _, _, _, address in found)
+
+
+def _is_own(family: int, address: tuple[object, ...]) -> bool:
+    """Whether a socket can be bound to `address`, which only a host's own ones allow."""
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.bind(address)
+    except OSError:
+        return False
+    return True

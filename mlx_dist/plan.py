@@ -1,0 +1,137 @@
+"""`mlx-dist plan`: who would hold what, and what that would do. Loads no weights.
+
+For machines in a file, or for the ranks of this job, which are measured first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mlx_dist.cluster import links
+from mlx_dist.cluster.additions import Case, best_addition, what_would_fit
+from mlx_dist.cluster.costs import ModelCosts, Workload
+from mlx_dist.cluster.machines import read_cluster
+from mlx_dist.cluster.placement import fits
+from mlx_dist.cluster.world import World, join
+from mlx_dist.config import RunConfig
+from mlx_dist.engine import placing
+from mlx_dist.errors import ConfigError, PlacementError
+from mlx_dist.model.costing import costs_of_config, costs_of_files
+from mlx_dist.model.files import ModelFiles, find_described, find_model
+from mlx_dist.plan_view import Plan, show
+
+_DEFAULT_CONTEXT = 4096
+_DEFAULT_PROMPTS = (128, 2048)
+# What is tried when a model does not fit.
+_THINNER_BITS = (8, 6, 4, 3)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What to plan for. `machines` is a file, or None for the ranks of this job.
+
+    `bits` are those that the weights would be quantized to, or None for what they are. Sequences
+    have up to `context_tokens`, and `num_streams` of them run at a time.
+    """
+
+    machines: Path | None = None
+    bits: int | None = None
+    context_tokens: int | None = None
+    num_streams: int = 1
+    prompt_tokens: tuple[int, ...] = ()
+
+    def workload(self, costs: ModelCosts) -> Workload:
+        """Raises ConfigError for more tokens than the model or the context takes."""
+        limit = costs.context_tokens
+        context = self.context_tokens or min(limit or _DEFAULT_CONTEXT, _DEFAULT_CONTEXT)
+        if limit is not None and context > limit:
+            raise ConfigError(f"--context is {context} and the model takes {limit} tokens")
+        for tokens in self.prompt_tokens:
+            if tokens > context:
+                raise ConfigError(
+                    f"--prompt-tokens {tokens} is more than --context {context}; give it more"
+                )
+        prompts = self.prompt_tokens or tuple(n for n in _DEFAULT_PROMPTS if n <= context)
+        return Workload(context, self.num_streams, prompts)
+
+
+def run_plan(config: RunConfig, asked: Asked, as_json: bool) -> None:
+    """The program of every rank, or of the one process that looks at a file.
+
+    Raises PlacementError, or on ranks AgreedError, if the model does not fit.
+    """
+    if asked.machines is not None:
+        show(plan_of_file(config, asked, asked.machines), as_json)
+        return
+    with join(config.fabric, config.jaccl_devices) as world:
+        plan = _plan_of_ranks(world, config, asked)
+        if plan is not None:
+            show(plan, as_json)
+
+
+def plan_of_file(config: RunConfig, asked: Asked, path: Path) -> Plan:
+    """The plan for the machines in the file `path`, in whatever order is best."""
+    cluster = read_cluster(path)
+    files = _find(config.model)
+    costs = _costs(files, config, asked.bits, fused=True)
+    machines = cluster.machines(costs.dtype, costs.bits)
+    case = Case(costs, machines, cluster.links, asked.workload(costs), config.optimize)
+    return _plan(case, files, config)
+
+
+def _plan_of_ranks(world: World, config: RunConfig, asked: Asked) -> Plan | None:
+    """The plan for all ranks, on the leader; None on the others, which only measure."""
+    machines = placing.survey(world, config)
+    files = costs = workload = plan = None
+    with world.decision():
+        if world.is_leader:
+            files = _find(config.model)
+            is_fused = machines[world.rank].device == "gpu"
+            costs = _costs(files, config, asked.bits, is_fused)
+            workload = asked.workload(costs)
+    machines = placing.measured(world, machines, costs, is_fresh=True)
+    matrix = links.measure(world)
+    with world.decision():
+        if files is not None and costs is not None and workload is not None:
+            case = placing.case_of(world, config, costs, machines, matrix.for_placement(), workload)
+            plan = replace(_plan(case, files, config), warnings=matrix.warnings)
+    return plan
+
+
+def _plan(case: Case, files: ModelFiles, config: RunConfig) -> Plan:
+    """Raises PlacementError, which says what would fit, if the model does not."""
+    level = placing.levelled(case)
+    try:
+        shares = placing.shares_of(level, config)
+    except PlacementError:
+        if fits(level.problem()):
+            raise
+        remedies = what_would_fit(level, _thinner(case.costs, files, config))
+        shares = placing.shares_of(replace(level, remedies=remedies), config)
+    return Plan(case, case.predicted(shares), best_addition(level))
+
+
+def _thinner(costs: ModelCosts, files: ModelFiles, config: RunConfig) -> dict[str, ModelCosts]:
+    """The model's costs in fewer bits, the most first, by what one would call that."""
+    return {
+        f"weights of {bits} bits": _costs(files, config, bits, fused=True)
+        for bits in _THINNER_BITS
+        if bits < (costs.bits or 16)
+    }
+
+
+def _find(name: str) -> ModelFiles:
+    """The model's files; of a folder that has no weights, its config."""
+    folder = Path(name).expanduser()
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        return find_described(name, folder, (), revision="")
+    return find_model(name)
+
+
+def _costs(files: ModelFiles, config: RunConfig, bits: int | None, fused: bool) -> ModelCosts:
+    if bits is None and files.weights:
+        return costs_of_files(files, config.dtype, fused=fused)
+    return costs_of_config(
+        files.config, name=files.name, bits=bits, dtype=config.dtype, fused=fused
+    )
