@@ -19,7 +19,7 @@ from mlx_lm.utils import _get_classes
 from mlx_dist.config import Dtype
 from mlx_dist.errors import ModelError
 from mlx_dist.model.families import Anatomy, dissect, family_of
-from mlx_dist.model.weights import _convert
+from mlx_dist.model.weights import convert
 
 # What mlx-lm and MLX raise for settings that are missing or make no sense.
 _UNFIT = (
@@ -58,7 +58,7 @@ def build(
         model_class, args_class = _get_classes(config)
         model = model_class(args_class.from_dict(config))
         # Before it is quantized: scales have the dtype of what they were made of.
-        _convert(model, dtype)
+        convert(model, dtype)
         by_class = getattr(model, "quant_predicate", None) or (lambda _path, _module: True)
         for quantization, choose in _quantizations(config, name, bits, group_size, by_class):
             _quantize(model, quantization, choose)

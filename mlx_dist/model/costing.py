@@ -23,7 +23,7 @@ from mlx_dist.model import blueprint, dry_run
 from mlx_dist.model.dry_run import LayerRun
 from mlx_dist.model.families import Anatomy
 from mlx_dist.model.files import ModelFiles
-from mlx_dist.model.weights import _build
+from mlx_dist.model.weights import build
 
 # The number of experts that a token meets.
 _CHOSEN_KEYS = (
@@ -71,7 +71,7 @@ def costs_of_files(files: ModelFiles, dtype: Dtype, *, fused: bool = True) -> Mo
     Bytes are those that a stage has once it is loaded. `fused` is as for `costs_of_config`.
     Raises ModelError as `load_stage` does.
     """
-    model, anatomy = _build(files, dtype)
+    model, anatomy = build(files, dtype)
     return _costs(files.name, files.config, model, anatomy, fused)
 
 

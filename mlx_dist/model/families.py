@@ -185,7 +185,7 @@ def _find_users(
     parameters = dict(tree_flatten(model.parameters()))
     of_layer = {name: _layer_index(name, layers_path) for name in parameters}
     users: dict[str, set[int]] = {name: set() for name in parameters if not of_layer[name]}
-    graph = _Graph(parameters, hidden)
+    graph = Graph(parameters, hidden)
     before: list[mx.array | None] = [None, *hidden[:-1]]
     for user, (stop, output) in enumerate(zip(before, hidden, strict=True), start=-1):
         for name in graph.leads_to(output, stop):
@@ -199,7 +199,7 @@ def _find_users(
     return {name: frozenset(found) or last for name, found in users.items()}
 
 
-class _Graph:
+class Graph:
     """The graph that MLX has built and not computed, as `mx.export_to_dot` shows it.
 
     It takes a limited number of names, so that the graph is looked at for some of the parameters

@@ -7,10 +7,12 @@ reaches its neighbours whatever carries it, and is kept in a folder until the se
 
 from __future__ import annotations
 
+import fcntl
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -31,6 +33,7 @@ from mlx_dist.model.files import (
 _PLAIN_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 # Of tensors it has headers only, which are no use to a rank that gets them.
 _INDEX = "*.index.json"
+_FOLDER, _LOCK = "mlx_dist-model-", ".lock"
 _MOST_BYTES = 256 << 20
 _PART_BYTES = 1 << 20
 
@@ -73,16 +76,32 @@ def found_model(world: World, config: RunConfig, say: Say) -> Iterator[ModelFile
             )
         contents = _read(files) if files is not None and world.is_leader else {}
     outline, contents = _pass_down(world, files, contents)
-    with tempfile.TemporaryDirectory(prefix="mlx_dist-model-") as folder:
+    with _folder() as folder:
         with world.agreement():
             if world.rank in fed:
-                files = _unpack(config.model, Path(folder), outline, contents)
+                files = _unpack(config.model, folder, outline, contents)
         assert files is not None
         del contents
         yield files
 
 
 _REMEDY = "; copy the model there, or have the leader send it: --weights leader"
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    """A folder that is gone at the end. Those that killed processes left behind go first."""
+    for left in Path(tempfile.gettempdir()).glob(f"{_FOLDER}*/{_LOCK}"):
+        with suppress(OSError), left.open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left.parent)
+    with tempfile.TemporaryDirectory(prefix=_FOLDER) as name:
+        unlocked = Path(name) / "unlocked"
+        with unlocked.open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            # Nobody finds it before it is locked.
+            unlocked.rename(Path(name) / _LOCK)
+            yield Path(name)
 
 
 def _why_fed(held: list[Holding], leader_rank: int) -> dict[int, str]:

@@ -26,7 +26,7 @@ from mlx_lm.utils import _get_classes, load_model
 
 from mlx_dist.config import Dtype
 from mlx_dist.errors import ModelError
-from mlx_dist.model.families import Anatomy, _Graph, dissect
+from mlx_dist.model.families import Anatomy, Graph, dissect
 from mlx_dist.model.files import ModelFiles, fetch
 
 _LAYER_NUMBER = re.compile(r"\.(\d+)\.")
@@ -141,11 +141,11 @@ def open_stage(
     `change` is given the raw tensors, all lazy, and answers others in the place of some. Raises
     ModelError if files are missing or do not fit the family.
     """
-    model, anatomy = _build(files, dtype, change)
+    model, anatomy = build(files, dtype, change)
     if files.repo is not None and any(file.path is None for file in files.weights):
         own_names = {name for name, _ in _owned(model, anatomy, start, end)}
         files = fetch(files, _files_needed(files, own_names, anatomy, start, end))
-        model, anatomy = _build(files, dtype, change)
+        model, anatomy = build(files, dtype, change)
     return OpenStage(files.name, model, anatomy, dict(_owned(model, anatomy, start, end)))
 
 
@@ -162,19 +162,19 @@ def raw_tensors_of(
         raw.update(tensors)
         return tensors
 
-    model, anatomy = _build(files, dtype, look)
+    model, anatomy = build(files, dtype, look)
     own = dict(_owned(model, anatomy, start, end))
     # A node of its own for each, for it may be the raw tensor itself.
     outputs = {name: mx.stop_gradient(array) for name, array in own.items()}
     sources: dict[str, tuple[str, ...]] = {}
     for names in (list(outputs)[i : i + _SHOWN] for i in range(0, len(outputs), _SHOWN)):
-        graph = _Graph(raw, [outputs[name] for name in names])
+        graph = Graph(raw, [outputs[name] for name in names])
         for name in names:
             sources[name] = tuple(sorted(graph.leads_to(outputs[name], None)))
     return sources
 
 
-def _build(
+def build(
     files: ModelFiles, dtype: Dtype, change: Change | None = None
 ) -> tuple[nn.Module, Anatomy]:
     """The model with every tensor lazy."""
@@ -182,7 +182,7 @@ def _build(
         with _folder_to_load(files) as (folder, hollow):
             classes = partial(_classes_once_emptied, hollow, change)
             model, _ = load_model(folder, lazy=True, get_model_classes=classes)
-        _convert(model, dtype)
+        convert(model, dtype)
         return model, dissect(model)
     except _UNFIT as error:
         reason = str(error).replace("\n", " ").strip()[:400]
@@ -273,7 +273,7 @@ def _owned(
             yield name, array
 
 
-def _convert(model: nn.Module, dtype: Dtype) -> None:
+def convert(model: nn.Module, dtype: Dtype) -> None:
     """Have the model's floating-point tensors become `dtype` when they are read."""
     if dtype is Dtype.auto:
         return

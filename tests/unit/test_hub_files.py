@@ -119,7 +119,7 @@ def test_the_scales_of_the_head_go_with_it(tmp_path):
     files = find_model(str(write_split("llama", tmp_path)))
     scales = b'{"lm_head.weight_scale_inv":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
     other = model_files.WeightFile("model-scales.safetensors", scales, 12 + len(scales), None)
-    _, anatomy = weights._build(files, Dtype.auto)
+    _, anatomy = weights.build(files, Dtype.auto)
     files = replace(files, weights=(*files.weights, other))
     for own, is_needed in (({"lm_head.weight"}, True), ({"model.embed_tokens.weight"}, False)):
         needed = weights._files_needed(files, own, anatomy, 0, 0)
@@ -175,7 +175,7 @@ def test_the_hub_is_not_asked_where_it_must_not_be(monkeypatch):
 
 def test_a_tensor_that_is_not_here_cannot_be_read(tmp_path):
     files = _as_on_hub(find_model(str(write_split("llama", tmp_path))))
-    model, anatomy = weights._build(files, Dtype.auto)
+    model, anatomy = weights.build(files, Dtype.auto)
     assert anatomy.num_layers == NUM_LAYERS
     arrays = tree_flatten(model.parameters())
     assert len(arrays) > NUM_LAYERS
@@ -194,9 +194,9 @@ def test_nor_while_the_model_is_built(tmp_path, monkeypatch):
 
     files = find_model(str(write_split("llama", tmp_path)))
     monkeypatch.setattr(llama.Model, "sanitize", look)
-    weights._build(files, Dtype.auto)
+    weights.build(files, Dtype.auto)
     with pytest.raises(ModelError, match=r"does not load.*Unable to read"):
-        weights._build(_as_on_hub(files), Dtype.auto)
+        weights.build(_as_on_hub(files), Dtype.auto)
 
 
 def test_a_stage_does_not_load_without_a_file_it_needs(tmp_path, monkeypatch):

@@ -68,6 +68,20 @@ def test_what_is_unpacked_is_the_same_model(files, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "chat_template.jinja"}
 
 
+def test_a_folder_is_gone_at_the_end_and_so_are_those_of_killed_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr(outline.tempfile, "tempdir", str(tmp_path))
+    left, others = tmp_path / "mlx_dist-model-left", tmp_path / "other"
+    for folder in (left, others):
+        folder.mkdir()
+        (folder / ".lock").touch()
+    with outline._folder() as first:
+        assert not left.exists()
+        with outline._folder() as second:
+            assert first.exists()
+        assert not second.exists()
+    assert list(tmp_path.iterdir()) == [others]
+
+
 STRANGE = [
     "../x.json",
     "/etc/x.json",
