@@ -9,22 +9,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlx_dist.cluster import links
-from mlx_dist.cluster.additions import Case, best_addition, what_would_fit
+from mlx_dist.cluster.additions import Case, best_addition
 from mlx_dist.cluster.costs import ModelCosts, Workload
 from mlx_dist.cluster.machines import read_cluster
-from mlx_dist.cluster.placement import fits
 from mlx_dist.cluster.world import World, join
 from mlx_dist.config import RunConfig
 from mlx_dist.engine import placing
-from mlx_dist.errors import ConfigError, PlacementError
-from mlx_dist.model.costing import costs_of_config, costs_of_files
+from mlx_dist.errors import ConfigError
 from mlx_dist.model.files import ModelFiles, find_described, find_model
 from mlx_dist.plan_view import Plan, show
 
 _DEFAULT_CONTEXT = 4096
 _DEFAULT_PROMPTS = (128, 2048)
-# What is tried when a model does not fit.
-_THINNER_BITS = (8, 6, 4, 3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +70,7 @@ def plan_of_file(config: RunConfig, asked: Asked, path: Path) -> Plan:
     """The plan for the machines in the file `path`, in whatever order is best."""
     cluster = read_cluster(path)
     files = _find(config.model)
-    costs = _costs(files, config, asked.bits, fused=True)
+    costs = placing.costs_of(files, config, fused=True, bits=asked.bits)
     machines = cluster.machines(costs.dtype, costs.bits)
     case = Case(costs, machines, cluster.links, asked.workload(costs), config.optimize)
     return _plan(case, files, config)
@@ -88,7 +84,7 @@ def _plan_of_ranks(world: World, config: RunConfig, asked: Asked) -> Plan | None
         if world.is_leader:
             files = _find(config.model)
             is_fused = machines[world.rank].device == "gpu"
-            costs = _costs(files, config, asked.bits, is_fused)
+            costs = placing.costs_of(files, config, is_fused, asked.bits)
             workload = asked.workload(costs)
     machines = placing.measured(world, machines, costs, is_fresh=True)
     matrix = links.measure(world)
@@ -101,24 +97,8 @@ def _plan_of_ranks(world: World, config: RunConfig, asked: Asked) -> Plan | None
 
 def _plan(case: Case, files: ModelFiles, config: RunConfig) -> Plan:
     """Raises PlacementError, which says what would fit, if the model does not."""
-    level = placing.levelled(case)
-    try:
-        shares = placing.shares_of(level, config)
-    except PlacementError:
-        if fits(level.problem()):
-            raise
-        remedies = what_would_fit(level, _thinner(case.costs, files, config))
-        shares = placing.shares_of(replace(level, remedies=remedies), config)
-    return Plan(case, case.predicted(shares), best_addition(level))
-
-
-def _thinner(costs: ModelCosts, files: ModelFiles, config: RunConfig) -> dict[str, ModelCosts]:
-    """The model's costs in fewer bits, the most first, by what one would call that."""
-    return {
-        f"weights of {bits} bits": _costs(files, config, bits, fused=True)
-        for bits in _THINNER_BITS
-        if bits < (costs.bits or 16)
-    }
+    shares = placing.shares_of(case, config, files)
+    return Plan(case, case.predicted(shares), best_addition(placing.levelled(case)))
 
 
 def _find(name: str) -> ModelFiles:
@@ -127,11 +107,3 @@ def _find(name: str) -> ModelFiles:
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         return find_described(name, folder, (), revision="")
     return find_model(name)
-
-
-def _costs(files: ModelFiles, config: RunConfig, bits: int | None, fused: bool) -> ModelCosts:
-    if bits is None and files.weights:
-        return costs_of_files(files, config.dtype, fused=fused)
-    return costs_of_config(
-        files.config, name=files.name, bits=bits, dtype=config.dtype, fused=fused
-    )

@@ -120,7 +120,10 @@ class Run:
 
     def is_given(self, name: str) -> bool:
         """Whether this command line says it, and not a file or a variable that others share."""
-        return flags_of(self.context.command)[name].origin(self.context) is Origin.flag
+        return (
+            flags_of(self.context.command)[name.replace("_", "-")].origin(self.context)
+            is Origin.flag
+        )
 
 
 def _arguments(context: typer.Context, instead: dict[str, Any]) -> list[str]:

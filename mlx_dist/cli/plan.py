@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from mlx_dist.cli.app import app
-from mlx_dist.cli.flags import Origin, flags_of
 from mlx_dist.cli.options import AsJson, Run, runs_model
 from mlx_dist.cluster import launch
 from mlx_dist.errors import ConfigError
@@ -55,17 +54,14 @@ def plan(
                 "there is nothing to plan for; give --machines FILE.toml, or -n N for so many ranks"
             )
         run.become_ranks()
-    elif launch.under_a_launcher() or _is_given(run, "ranks"):
+    elif launch.under_a_launcher() or run.is_given("ranks"):
         raise ConfigError(
             "--machines is about other machines than these ranks'; start without -n and mpirun"
         )
+    elif run.is_given("memory_gb"):
+        raise ConfigError("--memory-gb is for ranks; write usable_gb into the file of --machines")
 
     from mlx_dist.plan import Asked, run_plan
 
     asked = Asked(machines, bits, context_tokens, streams, tuple(prompt_tokens or ()))
     run_plan(run.config, asked, as_json)
-
-
-def _is_given(run: Run, name: str) -> bool:
-    """Whether `name` is on the command line: what a file says of ranks holds for other commands."""
-    return flags_of(run.context.command)[name].origin(run.context) is Origin.flag

@@ -22,7 +22,17 @@ def read_hosts(hostfile: Path) -> tuple[str, ...]:
     hosts = tuple(dict.fromkeys(line[0] for line in words if line))
     if not hosts:
         raise ConfigError(f"--hostfile {hostfile} names no host; see hostfile.txt for an example")
+    require_names(hosts)
     return hosts
+
+
+def require_names(hosts: Sequence[str]) -> None:
+    """Raise ConfigError for what is no host's name. ssh would take one with a dash for a flag."""
+    for host in hosts:
+        if not host.isprintable() or host.startswith("-") or len(host.split()) != 1:
+            raise ConfigError(
+                f"{host!r} is no host; write a name or an address, as in mini-2.local"
+            )
 
 
 def hostfile_of(hosts: Sequence[str]) -> str:

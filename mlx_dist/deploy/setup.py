@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlx_dist.cluster.hostfile import hostfile_of
+from mlx_dist.cluster.hostfile import hostfile_of, require_names
 from mlx_dist.deploy.checks import NAMES, Finding, Level, examine, require_leader_here
 from mlx_dist.errors import ConfigError
 
@@ -23,16 +23,17 @@ def run_init(
     """
     if len(set(hosts)) < len(hosts):
         raise ConfigError("a host is named twice; name each once")
+    require_names(hosts)
     require_leader_here(hosts)
-    files = _files(hosts, settings, model, name)
+    is_folder = model is not None and (model.startswith(("/", "~", ".")) or Path(model).exists())
+    folder = str(Path(model).expanduser().absolute()) if model is not None and is_folder else None
+    files = _files(hosts, settings, folder or model, name)
     there = [path.name for path in files if path.exists()]
     if there and not is_forced:
         raise ConfigError(
             f"{' and '.join(there)} in {settings.parent} would be overwritten; "
             "give --force if that is right, or do this in another folder"
         )
-    is_folder = model is not None and (model.startswith(("/", "~", ".")) or Path(model).exists())
-    folder = str(Path(model).expanduser().absolute()) if model is not None and is_folder else None
     findings = examine(hosts, folder)
     _show(hosts, findings, has_model=folder is not None)
     if any(finding.level is Level.fail for finding in findings) and not is_forced:

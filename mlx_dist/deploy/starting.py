@@ -82,8 +82,11 @@ def _start(
     require_hosts(order.hosts)
     if before is not None:
         say("a server that was started before is over; looking for what is left of it")
-        if {*clean_up(state, before, say)} & {*order.hosts}:
-            raise LaunchError("see the lines above; `mlx-dist cluster down` tries again")
+        # A new record would forget the job that may be left there.
+        if clean_up(state, before, say):
+            raise LaunchError(
+                "see the lines above; `mlx-dist cluster down` tries again, or give another --name"
+            )
     state.rotate_log()
     job = secrets.token_hex(8)
     record = ServerRecord(job, None, time.time(), list(order.hosts), list(order.arguments))

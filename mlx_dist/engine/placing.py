@@ -9,18 +9,21 @@ from dataclasses import dataclass, replace
 from msgspec.structs import replace as with_fields
 
 from mlx_dist.cluster import chips, hardware, memo, placement
-from mlx_dist.cluster.additions import Case
+from mlx_dist.cluster.additions import Case, what_would_fit
 from mlx_dist.cluster.costs import Link, Machine, ModelCosts, Workload
-from mlx_dist.cluster.placement import Placement, Share
+from mlx_dist.cluster.placement import Placement, Share, fits
 from mlx_dist.cluster.prediction import Links
 from mlx_dist.cluster.world import World
 from mlx_dist.config import RunConfig, Split
+from mlx_dist.errors import ConfigError, PlacementError
 from mlx_dist.messages import Identity, MachineReport, Placing, Speeds, expect
-from mlx_dist.model.costing import costs_of_files
+from mlx_dist.model.costing import costs_of_config, costs_of_files
 from mlx_dist.model.files import ModelFiles
 
 # What the caches of one sequence must find room for, where the model takes as much.
 _LEAST_CONTEXT = 4096
+# What is tried when a model does not fit.
+_THINNER_BITS = (8, 6, 4, 3)
 # Between machines that nobody has measured: a wired network. What is alike decides little.
 _SOME_LINK = Link(latency_s=100e-6, bytes_per_s=1e9)
 _NO_LINK = Link(latency_s=0.0, bytes_per_s=float("inf"))
@@ -49,13 +52,17 @@ class Layout:
 
 def lay_out(world: World, config: RunConfig, files: ModelFiles) -> Layout:
     """The layout, the same on every rank. Raises AgreedError, on every rank, if there is none."""
+    # Ranks that differ in this would not measure together.
+    layers = config.layers
+    spelled = layers.value if isinstance(layers, Split) else ",".join(map(str, layers))
+    world.compare({"--layers": spelled})
     machines = survey(world, config)
     costs = None
     with world.decision():
         if world.is_leader:
             is_fused = machines[world.rank].device == "gpu"
-            costs = costs_of_files(files, config.dtype, fused=is_fused)
-    if config.layers is Split.auto and not _are_alike(machines):
+            costs = costs_of(files, config, is_fused)
+    if layers is Split.auto and not _are_alike(machines):
         machines = measured(world, machines, costs)
     placing = Placing([])
     with world.decision():
@@ -64,14 +71,20 @@ def lay_out(world: World, config: RunConfig, files: ModelFiles) -> Layout:
             hosts = world.hosts
             links = [[_NO_LINK if a == b else _SOME_LINK for b in hosts] for a in hosts]
             case = case_of(world, config, costs, machines, links, Workload(context_tokens))
-            shares = shares_of(levelled(case), config)
+            shares = shares_of(case, config, files)
             placing = Placing([(share.machine, share.start, share.end) for share in shares])
     placing = expect(world.control.all_gather(placing)[world.leader_rank], Placing)
     return Layout(tuple(Share(*share) for share in placing.shares), machines, costs)
 
 
 def survey(world: World, config: RunConfig) -> tuple[MachineReport, ...]:
-    """Every rank's machine, not measured."""
+    """Every rank's machine, not measured. Raises AgreedError for a limit of no rank's host."""
+    with world.agreement():
+        if unknown := sorted(config.memory_gb.keys() - {"", *world.hosts}):
+            raise ConfigError(
+                f"--memory-gb names {unknown[0]}, which is no host of these ranks; they are on "
+                f"{', '.join(dict.fromkeys(world.hosts))}"
+            )
     limit_gb = config.memory_gb.get(world.host, config.memory_gb.get(""))
     limit_bytes = None if limit_gb is None else int(limit_gb * 1e9)
     ranks_here = world.hosts.count(world.host)
@@ -122,7 +135,16 @@ def case_of(
     links: Links,
     workload: Workload,
 ) -> Case:
-    """What is to be placed on the ranks of `world`."""
+    """What is to be placed on the ranks of `world`.
+
+    Raises ConfigError where the fabric could not carry what may come out.
+    """
+    # A ring knows neighbours only, which of three ranks all are.
+    if config.leave_out and world.fabric != "mpi" and world.size > 3:
+        raise ConfigError(
+            f"--leave-out over {world.fabric} could part neighbours among {world.size} ranks; "
+            "use --fabric mpi, or do without --leave-out"
+        )
     return Case(
         costs,
         tuple(_as_placed(world, machine, costs) for machine in machines),
@@ -130,17 +152,50 @@ def case_of(
         workload,
         config.optimize,
         leader=world.leader_rank,
-        # A ring knows neighbours only.
         is_order_fixed=not config.leave_out or world.fabric != "mpi",
         may_leave_out=config.leave_out,
     )
 
 
-def shares_of(case: Case, config: RunConfig) -> Placement:
+def costs_of(
+    files: ModelFiles, config: RunConfig, fused: bool, bits: int | None = None
+) -> ModelCosts:
+    """The model's costs as it is or, with `bits`, as if it were quantized to these.
+
+    Raises ModelError if it does not load.
+    """
+    if bits is None and files.weights:
+        return costs_of_files(files, config.dtype, fused=fused)
+    return costs_of_config(
+        files.config, name=files.name, bits=bits, dtype=config.dtype, fused=fused
+    )
+
+
+def shares_of(case: Case, config: RunConfig, files: ModelFiles) -> Placement:
     """The layers as they are asked for.
 
-    Raises PlacementError for more machines than layers, and for what does not fit.
+    Raises PlacementError for more machines than layers and, with what would fit, for what does not.
     """
+    level = levelled(case)
+    try:
+        return _shares_of(level, config)
+    except PlacementError:
+        if fits(level.problem()):
+            raise
+        remedies = what_would_fit(level, _thinner(case.costs, files, config))
+        return _shares_of(replace(level, remedies=remedies), config)
+
+
+def levelled(case: Case) -> Case:
+    """The case with machines of a kind as fast as the first of them: else noise would decide."""
+    first: dict[tuple[str, int], Speeds] = {}
+    for machine in case.machines:
+        first.setdefault((machine.chip, machine.memory_bytes), machine.speeds)
+    machines = (replace(m, speeds=first[m.chip, m.memory_bytes]) for m in case.machines)
+    return replace(case, machines=tuple(machines))
+
+
+def _shares_of(case: Case, config: RunConfig) -> Placement:
     if config.layers is Split.auto:
         if not case.may_leave_out:
             placement.even_counts(case.costs.num_layers, len(case.machines))
@@ -152,13 +207,13 @@ def shares_of(case: Case, config: RunConfig) -> Placement:
     return shares
 
 
-def levelled(case: Case) -> Case:
-    """The case with machines of a kind as fast as the first of them: else noise would decide."""
-    first: dict[tuple[str, int], Speeds] = {}
-    for machine in case.machines:
-        first.setdefault((machine.chip, machine.memory_bytes), machine.speeds)
-    machines = (replace(m, speeds=first[m.chip, m.memory_bytes]) for m in case.machines)
-    return replace(case, machines=tuple(machines))
+def _thinner(costs: ModelCosts, files: ModelFiles, config: RunConfig) -> dict[str, ModelCosts]:
+    """The model's costs in fewer bits, the most first, by what one would call that."""
+    return {
+        f"weights of {bits} bits": costs_of(files, config, fused=True, bits=bits)
+        for bits in _THINNER_BITS
+        if bits < (costs.bits or 16)
+    }
 
 
 def _as_placed(world: World, machine: MachineReport, costs: ModelCosts) -> Machine:

@@ -25,7 +25,7 @@ from mlx_dist.cluster.memory import available_bytes
 from mlx_dist.cluster.world import World, join
 from mlx_dist.config import RunConfig, Weights
 from mlx_dist.engine.admission import Reuse
-from mlx_dist.engine.batching import Batching
+from mlx_dist.engine.batching import Batching, parse_batching
 from mlx_dist.engine.kv import KvLedger, KvRoom
 from mlx_dist.engine.placing import Layout, case_of, lay_out, measured
 from mlx_dist.engine.program import Leader, Rank, Spare
@@ -174,17 +174,17 @@ def open_session(config: RunConfig, blas: str) -> Iterator[Session]:
 
     Raises AgreedError, the same on every rank, if any rank cannot.
     """
-    with join(config.fabric, config.jaccl_devices) as world:
-        # Ranks that differ in this would wait for different things.
-        world.compare({"--weights": config.weights})
-        with found_model(world, config, _say) as files:
-            tokenizer = None
-            with world.agreement():
-                if world.is_leader:
-                    tokenizer = Tokenizer(files.folder, files.config, config.trust_remote_code)
-            facts = _facts(config, world, files, blas)
-            world.compare(facts)
-            yield Session(world, config, files, tokenizer, facts, lay_out(world, config, files))
+    with (
+        join(config.fabric, config.jaccl_devices) as world,
+        found_model(world, config, _say) as files,
+    ):
+        tokenizer = None
+        with world.agreement():
+            if world.is_leader:
+                tokenizer = Tokenizer(files.folder, files.config, config.trust_remote_code)
+        facts = _facts(config, world, files, blas)
+        world.compare(facts)
+        yield Session(world, config, files, tokenizer, facts, lay_out(world, config, files))
 
 
 def _say(line: str) -> None:
@@ -223,6 +223,8 @@ def _facts(config: RunConfig, world: World, files: ModelFiles, blas: str) -> dic
         "MPI": world.mpi_wire.version if world.mpi_wire else "none",
         "fabric": world.fabric,
         "model": files.fingerprint(),
+        # What ranks measure together depends on it.
+        "--batching": config.batching if parse_batching(config.batching) else "measured",
     } | settings(config)
     if facts["device"] == "cpu":
         facts["BLAS"] = blas

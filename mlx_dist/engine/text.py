@@ -21,12 +21,11 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from mlx_dist.engine.reader import Reader
 from mlx_dist.errors import ModelError, PromptTooLongError, RequestError
+from mlx_dist.model.blueprint import context_tokens
 from mlx_dist.model.tokenizer import load_tokenizer
 
 Objects = Sequence[Mapping[str, Any]]
 
-# Where the families' configs say how many positions they were made for.
-_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 # What a template's variables may not be called: what renders it has its own use for these.
 _RESERVED = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) | {
@@ -59,10 +58,7 @@ class Tokenizer:
         """Raises ModelError if the files are missing or damaged."""
         self._tokenizer = load_tokenizer(folder, config, trust_remote_code)
         self._max_id = max(self._tokenizer.get_vocab().values(), default=-1)
-        text_config = config.get("text_config") or config
-        self.context_tokens: int | None = next(
-            (text_config[key] for key in _CONTEXT_KEYS if text_config.get(key)), None
-        )
+        self.context_tokens = context_tokens(config)
         self.stop_tokens = frozenset(self._tokenizer.eos_token_ids)
         self.has_chat_template = bool(self._tokenizer.has_chat_template)
         self.has_tools = self.has_chat_template and bool(self._tokenizer.has_tool_calling)

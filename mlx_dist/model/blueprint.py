@@ -31,6 +31,7 @@ _UNFIT = (
     TypeError,
     ValueError,
 )
+# Where the families' configs say how many positions they were made for.
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
 # The formats of checkpoints that mlx-lm keeps as they are, by the name in their config.
 _KEPT_FORMATS: dict[str, dict[str, Any]] = {

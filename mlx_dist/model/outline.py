@@ -48,6 +48,8 @@ def found_model(world: World, config: RunConfig, say: Say) -> Iterator[ModelFile
     leader's has an outline; `say`, on the leader, hears of each. Raises AgreedError, the same on
     every rank, if any rank must have files of its own and has none.
     """
+    # Ranks that differ in this would wait for different things.
+    world.compare({"--weights": config.weights})
     is_own = config.weights == Weights.own
     files, reason = None, ""
     try:

@@ -27,10 +27,11 @@ def _rank(*arguments, variables=()):
     ("first", "second", "fact"),
     [
         (_rank("--dtype", "float32"), _rank("--dtype", "bfloat16"), "--dtype is float32"),
+        (_rank("--layers", "3,3"), _rank(), "--layers is 3,3"),
         (_rank(), _rank(variables=["MLX_DISABLE_COMPILE=1"]), "MLX_DISABLE_COMPILE is nothing"),
         (_rank(), _rank(variables=["PATH=/nowhere"]), "C++ compiler is present"),
     ],
-    ids=["dtype", "environment", "compiler"],
+    ids=["dtype", "layers", "environment", "compiler"],
 )
 def test_a_difference_is_named(first, second, fact):
     done = _two_contexts(first, second)
@@ -39,11 +40,6 @@ def test_a_difference_is_named(first, second, fact):
     assert fact in line
     assert "on rank 0 (" in line
     assert "on rank 1 (" in line
-
-
-def test_the_leaders_cut_is_what_counts():
-    done = _two_contexts(_rank("--json", "--layers", "2,4"), _rank("--layers", "3,3"))
-    assert [rank["layers"] for rank in done.json()["ranks"]] == [[0, 2], [2, 6]]
 
 
 def test_another_models_files_are_named(tmp_path):

@@ -64,3 +64,16 @@ def test_a_limit_that_is_none_is_refused(limit):
     done = mlx_dist("generate", *PROMPT, "--memory-gb", limit)
     assert done.code == 1
     assert done.error_lines[0].startswith("mlx-dist: error: --memory-gb")
+
+
+def test_a_limit_of_a_host_that_is_not_there_is_named():
+    done = mlx_dist("generate", *PROMPT, "--memory-gb", "mini-9=4", num_ranks=2)
+    assert done.code == 1
+    assert "--memory-gb names mini-9, which is no host of these ranks" in done.error_lines[0]
+
+
+def test_a_ring_of_four_leaves_nobody_out():
+    """Between ranks that are no neighbours it carries nothing."""
+    done = mlx_dist("generate", *PROMPT, "--leave-out", "--fabric", "ring", num_ranks=4)
+    assert done.code == 1
+    assert "--leave-out over ring could part neighbours" in done.error_lines[0]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mlx_dist.cluster import jobs, remote, survey
-from mlx_dist.cluster.hostfile import hostfile_of, is_this_machine, read_hosts
+from mlx_dist.cluster.hostfile import hostfile_of, is_this_machine, read_hosts, require_names
 from mlx_dist.errors import ConfigError, LaunchError
 
 # As ssh's: options, a host, a command for a shell.
@@ -146,6 +146,12 @@ def test_a_hostfile_without_hosts_is_refused(tmp_path, text):
         hostfile.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ConfigError, match=f"--hostfile {hostfile}"):
         read_hosts(hostfile)
+
+
+@pytest.mark.parametrize("host", ["-oProxyCommand=true", "a\0b", ""])
+def test_what_ssh_would_misread_is_no_host(host):
+    with pytest.raises(ConfigError, match="is no host"):
+        require_names(["mini-1.local", host])
 
 
 def test_this_machine_is_known_by_its_names_and_addresses():
