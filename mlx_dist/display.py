@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from typing import Any
 
 import msgspec
@@ -20,6 +21,14 @@ from mlx_dist.messages import Report
 
 _GIB = 1 << 30
 _MIB = 1 << 20
+
+
+class Level(StrEnum):
+    """How bad a finding is. Only `fail` keeps a server from being started."""
+
+    ok = "ok"
+    warn = "warn"
+    fail = "FAIL"
 
 
 def console() -> Console:

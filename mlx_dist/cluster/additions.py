@@ -58,7 +58,7 @@ class Case:
 
     def placement(self) -> tuple[Share, ...]:
         """The best placement. Raises PlacementError if the model does not fit."""
-        return best(self.problem(), self.objective.value)
+        return best(self.problem(), self.objective)
 
     def predicted(self, placement: Sequence[Share] | None = None) -> Prediction:
         """What `placement`, or the best one, does. Raises PlacementError if there is none."""

@@ -104,8 +104,7 @@ def _measure_pair(world: World, low: int, high: int, row: _Row) -> None:
     is_near = _are_neighbours(world.size, low, high)
     if is_near or world.mpi_wire is not None:
         planes.append((_ControlPlane(world, peer), row.control))
-    # A ring sends to neighbours only; over jaccl it has not been tried.
-    if is_near or world.fabric == "mpi":
+    if is_near or world.is_direct:
         planes.append((_FabricPlane(world, peer), row.fabric))
     before, num_bytes = traffic.sent_bytes(row.interface_names), 0
     for plane, found in planes:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from math import isfinite
-from typing import Literal
 
 import numpy as np
 
 from mlx_dist.cluster.cuts import ROUNDING, Floats, Search, search
+from mlx_dist.config import Objective
 from mlx_dist.errors import PlacementError
 
 
@@ -52,7 +52,6 @@ class Share:
 
 
 Placement = tuple[Share, ...]
-Objective = Literal["latency", "throughput"]
 
 
 def latency_s(problem: Problem, placement: Placement) -> float:
@@ -95,7 +94,7 @@ def best(problem: Problem, objective: Objective) -> Placement:
     machines = range(problem.num_machines)
     hops = np.array([[problem.hop_s(a, b) if a != b else 0.0 for b in machines] for a in machines])
     seconds = _search(problem, _table(problem, problem.stage_s, _furthest_ends(problem)), hops)
-    if objective == "throughput":
+    if objective is Objective.throughput:
         return _placement(seconds.levelled())
     return _placement(seconds.levelled(most=seconds.least()[0] * (1 + ROUNDING)))
 
@@ -104,28 +103,6 @@ def fits(problem: Problem) -> bool:
     """Whether some placement keeps every machine's memory. Cheap: asks for no seconds."""
     nothing = _table(problem, lambda machine, start, end: 0.0, _furthest_ends(problem))
     return isfinite(_search(problem, nothing).least()[0])
-
-
-def even(problem: Problem) -> Placement:
-    """All machines, as even in layers as can be, whether they fit or not.
-
-    The leader comes first and the others in their order. Raises PlacementError with more machines
-    than layers.
-    """
-    machines = _all_in_order(problem)
-    return _counted(machines, even_counts(problem.num_layers, len(machines)))
-
-
-def proportional(problem: Problem, weights: Sequence[float]) -> Placement:
-    """As `even`, with layers in proportion to the weight of each machine, and at least one."""
-    machines = _all_in_order(problem)
-    even_counts(problem.num_layers, len(machines))
-    total = sum(weights[machine] for machine in machines) or 1.0
-    due = [problem.num_layers * weights[machine] / total for machine in machines]
-    counts = [1] * len(machines)
-    for _ in range(problem.num_layers - len(machines)):
-        counts[max(range(len(machines)), key=lambda i: due[i] - counts[i])] += 1
-    return _counted(machines, counts)
 
 
 def even_counts(num_layers: int, num_ranks: int) -> tuple[int, ...]:
@@ -279,15 +256,3 @@ def _gb(num_bytes: int) -> str:
 
 def _placement(stages: Sequence[tuple[int, int, int]]) -> Placement:
     return tuple(Share(machine, start, end) for machine, start, end in stages)
-
-
-def _all_in_order(problem: Problem) -> list[int]:
-    """The machines, the leader first; of a fixed order, those from the leader on."""
-    leader = problem.leader or 0
-    before = [] if problem.is_order_fixed else list(range(leader))
-    return [leader, *before, *range(leader + 1, problem.num_machines)]
-
-
-def _counted(machines: Sequence[int], counts: Sequence[int]) -> Placement:
-    stages = cut(sum(counts), len(counts), counts)
-    return tuple(Share(machine, *stage) for machine, stage in zip(machines, stages, strict=True))

@@ -67,6 +67,14 @@ class World:
         return self.rank == 0
 
     @property
+    def is_direct(self) -> bool:
+        """Whether the fabric connects any two ranks; a ring connects neighbours only.
+
+        Over jaccl it has not been tried.
+        """
+        return self.fabric == "mpi"
+
+    @property
     def leader_rank(self) -> int:
         return 0
 

@@ -9,12 +9,12 @@ import socket
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
 from mlx_dist.cluster import survey
 from mlx_dist.cluster.hostfile import is_this_machine
 from mlx_dist.cluster.remote import Answer, call_on_all, python, run_on_all
+from mlx_dist.display import Level
 from mlx_dist.errors import ConfigError, LaunchError
 
 # Of these, ssh may take five to find out that there is no such host.
@@ -26,14 +26,6 @@ _CLOCKS_APART_S = 2.0
 _LEAST_FREE_BYTES = 5_000_000_000
 
 NAMES = ("ssh", "Python", "packages", "MPI", "names", "way back", "clock", "disk", "model")
-
-
-class Level(StrEnum):
-    """How bad it is. Only `fail` keeps a server from being started."""
-
-    ok = "ok"
-    warn = "warn"
-    fail = "FAIL"
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlx_dist.cluster.hostfile import hostfile_of, require_names
-from mlx_dist.deploy.checks import NAMES, Finding, Level, examine, require_leader_here
+from mlx_dist.deploy.checks import NAMES, Finding, examine, require_leader_here
+from mlx_dist.display import Level
 from mlx_dist.errors import ConfigError
 
 HOSTFILE = "hostfile.txt"

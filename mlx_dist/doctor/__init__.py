@@ -14,8 +14,9 @@ import msgspec
 from mlx_dist import display
 from mlx_dist.cluster.world import join
 from mlx_dist.config import RunConfig
+from mlx_dist.display import Level
 from mlx_dist.doctor import fit, hosts, wires
-from mlx_dist.doctor.findings import Finding, Level, Subject
+from mlx_dist.doctor.findings import Finding, Subject
 from mlx_dist.messages import Outcome
 
 _NAME_WIDTH = 15

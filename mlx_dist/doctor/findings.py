@@ -7,23 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any
 
 from mlx_dist.cluster.world import World
 from mlx_dist.config import RunConfig
+from mlx_dist.display import Level
 from mlx_dist.errors import MlxDistError
 from mlx_dist.messages import Identity, Outcome
 
 Facts = dict[str, str]
-
-
-class Level(StrEnum):
-    """How bad a finding is. Only `fail` makes the exit code 1."""
-
-    ok = "ok"
-    warn = "warn"
-    fail = "FAIL"
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from mlx_dist import display
 from mlx_dist.cluster.world import World
+from mlx_dist.display import Level
 from mlx_dist.doctor import prompts
 from mlx_dist.doctor.findings import (
     Answer,
     Facts,
     Finding,
-    Level,
     Subject,
     ask,
     differences,

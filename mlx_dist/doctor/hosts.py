@@ -18,10 +18,10 @@ from huggingface_hub.constants import HF_HUB_CACHE
 import mlx_dist
 from mlx_dist.cluster import memo
 from mlx_dist.cluster.world import World
+from mlx_dist.display import Level
 from mlx_dist.doctor.findings import (
     Facts,
     Finding,
-    Level,
     Subject,
     ask,
     differences,

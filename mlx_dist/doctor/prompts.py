@@ -15,7 +15,8 @@ import mlx.core as mx
 
 from mlx_dist import display
 from mlx_dist.cluster.memory import available_bytes
-from mlx_dist.doctor.findings import Facts, Finding, Level, ask
+from mlx_dist.display import Level
+from mlx_dist.doctor.findings import Facts, Finding, ask
 from mlx_dist.engine.program import Rank, Spare
 from mlx_dist.engine.sequence import Event, Request
 from mlx_dist.engine.session import Session

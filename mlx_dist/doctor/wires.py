@@ -18,9 +18,9 @@ from mlx_dist.cluster.control import deadline
 from mlx_dist.cluster.costs import Link
 from mlx_dist.cluster.links import LinkMatrix
 from mlx_dist.cluster.world import World
+from mlx_dist.display import Level
 from mlx_dist.doctor.findings import (
     Finding,
-    Level,
     Subject,
     ask,
     differences,

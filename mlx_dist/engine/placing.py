@@ -140,7 +140,7 @@ def case_of(
     Raises ConfigError where the fabric could not carry what may come out.
     """
     # A ring knows neighbours only, which of three ranks all are.
-    if config.leave_out and world.fabric != "mpi" and world.size > 3:
+    if config.leave_out and not world.is_direct and world.size > 3:
         raise ConfigError(
             f"--leave-out over {world.fabric} could part neighbours among {world.size} ranks; "
             "use --fabric mpi, or do without --leave-out"
@@ -152,7 +152,7 @@ def case_of(
         workload,
         config.optimize,
         leader=world.leader_rank,
-        is_order_fixed=not config.leave_out or world.fabric != "mpi",
+        is_order_fixed=not config.leave_out or not world.is_direct,
         may_leave_out=config.leave_out,
     )
 

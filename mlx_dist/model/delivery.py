@@ -60,7 +60,7 @@ class Delivery:
 
     def comes_by(self, world: World) -> bool:
         """Whether this rank takes it or passes it on."""
-        return self.rank == world.rank or (self.rank > world.rank and not _is_direct(world))
+        return self.rank == world.rank or (self.rank > world.rank and not world.is_direct)
 
 
 def catalog_of(files: ModelFiles) -> dict[str, RawTensor]:
@@ -137,7 +137,7 @@ class Outbox:
 
     def _send(self, delivery: Delivery, ahead: Tensor, pieces: list[mx.array]) -> None:
         world = self._world
-        hop = delivery.rank if _is_direct(world) else world.rank + 1
+        hop = delivery.rank if world.is_direct else world.rank + 1
         world.control.send(ahead, hop)
         stream = world.streams.send
         sent = [mx.distributed.send(p, hop, group=world.group, stream=stream) for p in pieces]
@@ -240,14 +240,9 @@ def checksum(pieces: list[mx.array]) -> int:
     return value
 
 
-def _is_direct(world: World) -> bool:
-    """Whether the leader reaches every rank. A ring does not; over jaccl it has not been tried."""
-    return world.fabric == "mpi"
-
-
 def _source(world: World) -> int:
     """Where this rank's tensors come from, and those that it passes on."""
-    return world.leader_rank if _is_direct(world) else world.rank - 1
+    return world.leader_rank if world.is_direct else world.rank - 1
 
 
 def _begin(pieces: list[mx.array]) -> None:

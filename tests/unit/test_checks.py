@@ -15,8 +15,9 @@ from mlx_dist.cluster.hostfile import read_hosts
 from mlx_dist.cluster.remote import Answer
 from mlx_dist.cluster.survey import survey
 from mlx_dist.deploy import checks
-from mlx_dist.deploy.checks import NAMES, Level, examine, require_hosts
+from mlx_dist.deploy.checks import NAMES, examine, require_hosts
 from mlx_dist.deploy.setup import run_init
+from mlx_dist.display import Level
 from mlx_dist.errors import ConfigError, LaunchError
 
 HOSTS = ("localhost", "b")

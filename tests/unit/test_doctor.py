@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 
 from mlx_dist.cluster.world import alone
+from mlx_dist.display import Level
 from mlx_dist.doctor import fit, prompts
 from mlx_dist.doctor.findings import (
     Answer,
     Finding,
-    Level,
     ask,
     differences,
     errors,

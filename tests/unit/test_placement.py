@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations, pairwise, permutations
 
@@ -12,24 +13,57 @@ from hypothesis import strategies as st
 
 from mlx_dist.cluster.cuts import search
 from mlx_dist.cluster.placement import (
+    Placement,
     Problem,
     Share,
     best,
     check,
     cut,
-    even,
     even_counts,
     fits,
     is_within_memory,
     latency_s,
-    proportional,
     slowest_s,
 )
-from mlx_dist.config import Split, parse_layers
+from mlx_dist.config import Objective, Split, parse_layers
 from mlx_dist.errors import PlacementError
 
 GB = 10**9
-OBJECTIVES = ("latency", "throughput")
+OBJECTIVES = tuple(Objective)
+
+
+def even(problem: Problem) -> Placement:
+    """All machines, as even in layers as can be, whether they fit or not.
+
+    The leader comes first and the others in their order. Raises PlacementError with more machines
+    than layers.
+    """
+    machines = _all_in_order(problem)
+    return _counted(machines, even_counts(problem.num_layers, len(machines)))
+
+
+def proportional(problem: Problem, weights: Sequence[float]) -> Placement:
+    """As `even`, with layers in proportion to the weight of each machine, and at least one."""
+    machines = _all_in_order(problem)
+    even_counts(problem.num_layers, len(machines))
+    total = sum(weights[machine] for machine in machines) or 1.0
+    due = [problem.num_layers * weights[machine] / total for machine in machines]
+    counts = [1] * len(machines)
+    for _ in range(problem.num_layers - len(machines)):
+        counts[max(range(len(machines)), key=lambda i: due[i] - counts[i])] += 1
+    return _counted(machines, counts)
+
+
+def _all_in_order(problem: Problem) -> list[int]:
+    """The machines, the leader first; of a fixed order, those from the leader on."""
+    leader = problem.leader or 0
+    before = [] if problem.is_order_fixed else list(range(leader))
+    return [leader, *before, *range(leader + 1, problem.num_machines)]
+
+
+def _counted(machines: Sequence[int], counts: Sequence[int]) -> Placement:
+    stages = cut(sum(counts), len(counts), counts)
+    return tuple(Share(machine, *stage) for machine, stage in zip(machines, stages, strict=True))
 
 
 @st.composite
@@ -179,22 +213,26 @@ def test_a_machine_of_a_third_of_the_memory_gets_a_third_of_the_layers():
 
 def test_one_stream_is_not_cut_without_need_and_many_are():
     problem = of_equal_layers(12, [20, 20, 20], [1.0, 1.0, 2.0], hop_s=0.5)
-    assert best(problem, "latency") == (Share(0, 0, 12),)
-    assert {s.machine: s.end - s.start for s in best(problem, "throughput")} == {0: 5, 1: 5, 2: 2}
+    assert best(problem, Objective.latency) == (Share(0, 0, 12),)
+    assert {s.machine: s.end - s.start for s in best(problem, Objective.throughput)} == {
+        0: 5,
+        1: 5,
+        2: 2,
+    }
 
 
 def test_a_slow_machine_is_left_out_unless_it_must_not_be():
     problem = of_equal_layers(4, [4, 4, 4], [1.0, 1.0, 9.0])
-    assert {share.machine for share in best(problem, "throughput")} == {0, 1}
+    assert {share.machine for share in best(problem, Objective.throughput)} == {0, 1}
     everyone = replace(problem, may_leave_out=False)
-    assert {share.machine for share in best(everyone, "throughput")} == {0, 1, 2}
+    assert {share.machine for share in best(everyone, Objective.throughput)} == {0, 1, 2}
 
 
 def test_a_stage_slower_by_rounding_only_is_no_reason_for_a_cut():
     seconds = {(0, 0, 2): 0.1 + 0.2, (0, 0, 1): 0.1, (1, 1, 2): 0.3}
     problem = of_equal_layers(2, [2, 2], [1.0, 1.0])
     problem = replace(problem, stage_s=lambda *stage: seconds.get(stage, 9.0))
-    assert best(problem, "throughput") == (Share(0, 0, 2),)
+    assert best(problem, Objective.throughput) == (Share(0, 0, 2),)
 
 
 def test_eight_equal_machines_are_as_few_orders_as_one():
@@ -227,11 +265,11 @@ def test_what_is_missing_is_said_with_what_would_fit():
         r"\(.* GB on m0 for layers .*, .* GB on m1 for layers .*-39\); use weights of fewer bits"
     )
     with pytest.raises(PlacementError, match=words):
-        best(problem, "latency")
+        best(problem, Objective.latency)
     remedies = ("4-bit weights: 20.0 GB", "one more machine of 16 GB")
     words = "; what would fit: 4-bit weights: 20.0 GB, or one more machine of 16 GB$"
     with pytest.raises(PlacementError, match=words):
-        best(replace(problem, remedies=remedies), "throughput")
+        best(replace(problem, remedies=remedies), Objective.throughput)
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=3), st.integers(1, 6))
@@ -245,7 +283,7 @@ def test_no_cut_lacks_less_than_is_said(capacities, num_layers):
         assert fits(problem)
         return
     with pytest.raises(PlacementError, match=rf"and {missing}\.0 GB are missing"):
-        best(problem, "latency")
+        best(problem, Objective.latency)
 
 
 def test_a_given_placement_is_checked():
@@ -272,12 +310,12 @@ def test_machines_that_cannot_be_ordered_so_are_refused(num_layers, num_machines
     slowness = [1.0 + i for i in range(num_machines)]
     problem = of_equal_layers(num_layers, [9 + i for i in range(num_machines)], slowness, **changes)
     with pytest.raises(PlacementError, match=words):
-        best(problem, "latency")
+        best(problem, Objective.latency)
 
 
 def test_more_machines_than_layers_are_no_hindrance_if_some_may_be_left_out():
     problem = of_equal_layers(3, [1, 1, 1, 1, 1], [1.0] * 5)
-    assert len(best(problem, "throughput")) == 3
+    assert len(best(problem, Objective.throughput)) == 3
     with pytest.raises(PlacementError, match="3 layers"):
         even(problem)
 
