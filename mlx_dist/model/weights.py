@@ -99,10 +99,7 @@ class OpenStage:
         try:
             yield
         except RuntimeError as error:
-            # MLX tells of a failure at the next chance, whosever it is; and of another one here,
-            # not in what follows.
-            with suppress(RuntimeError):
-                mx.synchronize()
+            _hear_all_failures()
             others = f" or one of the {len(names) - 1} after it" if len(names) > 1 else ""
             raise ModelError(
                 f"{self.name}: tensor {next(iter(names))}{others} cannot be read: {error}"
@@ -111,6 +108,17 @@ class OpenStage:
     def loaded(self) -> LoadedModel:
         """The model, once all is read."""
         return LoadedModel(self.model, self.anatomy, self.num_bytes)
+
+
+def _hear_all_failures() -> None:
+    """Wait for the reads under way; MLX tells of each that fails at the next chance, whosever it is.
+
+    What is heard here does not reach a computation that comes later.
+    """
+    while True:
+        with suppress(RuntimeError):
+            mx.synchronize(mx.default_stream(mx.cpu))
+            return
 
 
 def load_stage(
@@ -185,6 +193,7 @@ def build(
         convert(model, dtype)
         return model, dissect(model)
     except _UNFIT as error:
+        _hear_all_failures()
         reason = str(error).replace("\n", " ").strip()[:400]
         raise ModelError(f"{files.name} does not load: {reason or type(error).__name__}") from error
 
