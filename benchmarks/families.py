@@ -4,8 +4,9 @@
 
 For every family a tiny random model is cut in many places and its logits are compared, bit for
 bit, with those of mlx-lm in one piece; then sequences share microbatches, and each one's logits
-are compared with those it gets alone. `--write` records the verdicts in mlx_dist/model/verdicts.py
-and docs/families.md. Exit code 1 if a family does less than is on record.
+are compared with those it gets alone; at last the slices of tensor groups, `benchmarks.slices`.
+`--write` records the verdicts in mlx_dist/model/verdicts.py and docs/families.md. Exit code 1 if a
+family does less than is on record.
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
 from benchmarks.batches import TOLERANCE, check_batches
+from benchmarks.members import TOLERANCE as SLICES_TOLERANCE
+from benchmarks.members import Findings, check_splits
 from benchmarks.proof import ProofError, Rig, UnsupportedError, some_cuts
 from benchmarks.tiny_models import Variant, families, variants, write_tiny_model
-from mlx_dist.model.verdicts import PROVEN, UNBATCHED, UNPADDED
+from mlx_dist.model.verdicts import PROVEN, SLICED, UNBATCHED, UNPADDED
 
 _REPOSITORY = Path(__file__).parent.parent
 
@@ -40,7 +43,8 @@ class Proof:
     """What was tried on a family and, if it is refused, the reason.
 
     `unbatched` is why its sequences cannot share a microbatch, or else `unpadded` why those of
-    several lengths cannot share a step.
+    several lengths cannot share a step. `unsliced` is why tensor groups cannot share it, or else
+    `slice_errors` are the largest ones by the kind of weights.
     """
 
     family: str
@@ -51,16 +55,19 @@ class Proof:
     reason: str | None = None
     unbatched: str | None = None
     unpadded: str | None = None
+    unsliced: str | None = None
+    slice_errors: dict[str, float] = field(default_factory=dict)
 
     @property
     def verdict(self) -> str:
         """In a line for the user."""
         if self.reason is not None:
             return self.reason
-        if self.unbatched is not None:
-            return f"proven, {self.num_cuts} cuts; unbatched: {self.unbatched}"
         batches = f"unpadded: {self.unpadded}" if self.unpadded else "batched"
-        return f"proven, {self.num_cuts} cuts; {batches}"
+        if self.unbatched is not None:
+            batches = f"unbatched: {self.unbatched}"
+        slices = f"not sliced: {self.unsliced}" if self.unsliced else "sliced"
+        return f"proven, {self.num_cuts} cuts; {batches}; {slices}"
 
     @property
     def does_less(self) -> bool:
@@ -73,6 +80,7 @@ class Proof:
             self.reason is not None
             or (not batches and self.family not in UNBATCHED)
             or (not pads and self.family not in UNBATCHED.keys() | UNPADDED.keys())
+            or (self.unsliced is not None and self.family in SLICED)
         )
 
 
@@ -87,7 +95,7 @@ def prove(family: str) -> Proof:
     for variant in tried:
         try:
             with tempfile.TemporaryDirectory() as folder:
-                _write(family, variant, Path(folder))
+                write(family, variant, Path(folder))
                 _prove_variant(proof, variant, Path(folder))
         except UnsupportedError as error:
             if variant.name == "plain":
@@ -118,6 +126,27 @@ def _prove_variant(proof: Proof, variant: Variant, folder: Path) -> None:
             proof.unpadded = _failure(variant, lambda: _check_batches(rig, pads=True))
         if proof.unpadded is not None:
             proof.unbatched = _failure(variant, lambda: _check_batches(rig, pads=False))
+    if proof.unsliced is None:
+        prove_slices(proof, variant, folder, rig)
+
+
+def prove_slices(proof: Proof, variant: Variant, folder: Path, rig: Rig) -> list[Findings]:
+    """Try tensor groups of several sizes on one variant, and add what came of it to `proof`."""
+    try:
+        found = check_splits(
+            folder,
+            rig,
+            variant.dtype,
+            batches=variant.name == "plain" and proof.unbatched is None,
+            pads=proof.unpadded is None,
+        )
+    except Exception as error:
+        proof.unsliced = _reason(variant, error)
+        return []
+    kind = variant.dtype if variant.quantize_bits is None else "quantized"
+    errors = [findings.error for findings in found]
+    proof.slice_errors[kind] = max([*errors, proof.slice_errors.get(kind, 0.0)])
+    return found
 
 
 def _check_batches(rig: Rig, *, pads: bool) -> None:
@@ -140,7 +169,8 @@ def _failure(variant: Variant, check: Callable[[], None]) -> str | None:
     return None
 
 
-def _write(family: str, variant: Variant, folder: Path) -> None:
+def write(family: str, variant: Variant, folder: Path) -> None:
+    """Write the tiny model. Raises UnsupportedError if mlx-lm does not run it here."""
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             write_tiny_model(family, folder, variant)
@@ -193,6 +223,13 @@ def _write_record(proofs: list[Proof]) -> None:
         "# Sequences share microbatches, but those that share a step have as many tokens in it.",
         *_table("UNPADDED", {p.family: p.unpadded for p in proven if not p.unbatched}),
         "",
+        "# Tensor groups may share every layer.",
+        "SLICED = frozenset(",
+        "    {",
+        *(f"        {_quoted(p.family)}," for p in proven if p.unsliced is None),
+        "    }",
+        ")",
+        "",
         *_table("REFUSED", {p.family: p.reason for p in proofs}),
         "",
     ]
@@ -223,6 +260,11 @@ def _page(proofs: list[Proof]) -> str:
     refused = [p for p in proofs if p.reason is not None]
     unbatched = [p for p in proven if p.unbatched]
     unpadded = [p for p in proven if p.unpadded and not p.unbatched]
+    sliced = [p for p in proven if p.unsliced is None]
+    worst = {
+        kind: max(p.slice_errors.get(kind, 0.0) for p in sliced)
+        for kind in ("float32", "quantized", "bfloat16")
+    }
     head = _PAGE_HEAD.format(
         mlx=version("mlx"),
         mlx_lm=version("mlx-lm"),
@@ -232,11 +274,15 @@ def _page(proofs: list[Proof]) -> str:
         num_unpadded=len(unpadded),
         num_unbatched=len(unbatched),
         tolerance=f"{TOLERANCE:g}",
+        num_sliced=len(sliced),
+        slices_tolerance=f"{SLICES_TOLERANCE['float32']:g}",
+        **{kind: f"{error:.0e}" for kind, error in worst.items()},
     )
     rows = [
         f"| {p.family} | {p.num_layers} | {', '.join(p.variants)} | {p.num_cuts} "
         f"| {', '.join(sorted(p.cache_kinds))} "
-        f"| {'no' if p.unbatched else 'equal lengths' if p.unpadded else 'yes'} |"
+        f"| {'no' if p.unbatched else 'equal lengths' if p.unpadded else 'yes'} "
+        f"| {'no' if p.unsliced else 'yes'} |"
         for p in proven
     ]
     rows += ["", "## Proven, but not batched", "", "| family | reason |", "|---|---|"]
@@ -268,20 +314,30 @@ for different batch shapes. Sequences of a family that is not batched run alone,
 and nothing is kept of them for others. Where only *equal lengths* are right, prompts of different
 lengths are not prefilled together; they still decode together.
 
+A family is **sliced** if a tensor group may share every layer of it (`--parallel tensor`). It is
+cut for 2, 3, 4 and 5 ranks and for two of which one has three times as much as the other. All
+ranks of a group must come to the same bits, in every layer; what they hold must be the whole model,
+and of each only its slices. In float32 the logits must be within {slices_tolerance} (of the largest
+logit) of those of mlx-lm in one piece, for sums of slices round differently, and sequences share
+microbatches as above. The largest error of all families was {float32} in float32, {quantized} with
+quantized weights and {bfloat16} in bfloat16, where in one piece the order of a sum matters as much.
+The group is simulated in one process; `python -m benchmarks.real_groups` runs it for real.
+
 A model of a proven family can still be refused while it is loaded, when its layers turn out to use
 more of each other than their output: gemma4 models that share keys and values across layers.
 
 `python -m benchmarks.families --write` wrote this page, with mlx {mlx} and mlx-lm {mlx_lm}:
 {num_proven} families are proven and {num_refused} refused. Of the proven ones {num_padded} are
-batched, {num_unpadded} with equal lengths only, and {num_unbatched} are not. A family is the name
+batched, {num_unpadded} with equal lengths only, and {num_unbatched} are not;
+{num_sliced} are sliced. A family is the name
 of mlx-lm's module; some model types share one (`mistral` runs as `llama`, `kimi_k2` as
 `deepseek_v3`). A variant that mlx-lm itself does not run on a CPU, such as experts in bfloat16, is
 left out.
 
 ## Proven
 
-| family | layers | variants | cuts | caches | batched |
-|---|---|---|---|---|---|
+| family | layers | variants | cuts | caches | batched | sliced |
+|---|---|---|---|---|---|---|
 """
 
 

@@ -94,7 +94,7 @@ class Completion:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        async for event in _events(endpoint, json.dumps(body).encode()):
+        async for event in events(endpoint, json.dumps(body).encode()):
             if usage := event.get("usage"):
                 self.prompt_tokens = usage["prompt_tokens"]
                 self.completion_tokens = usage["completion_tokens"]
@@ -137,7 +137,7 @@ async def get(host: str, port: int, path: str) -> tuple[int, bytes]:
     return status, b"".join(body)
 
 
-async def _events(endpoint: Endpoint, body: bytes) -> AsyncIterator[dict[str, Any]]:
+async def events(endpoint: Endpoint, body: bytes) -> AsyncIterator[dict[str, Any]]:
     """The server-sent events of a POST of `body` to /v1/completions, up to [DONE]."""
     reader, writer = await asyncio.open_connection(endpoint.host, endpoint.port)
     head = (

@@ -8,20 +8,21 @@ Configurations and machines are those in docs/plans. Nothing is run and nothing 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from benchmarks.pages import put
-from mlx_dist.cluster.additions import Case
-from mlx_dist.cluster.costs import ModelCosts, Workload
+from mlx_dist.cluster import groups
+from mlx_dist.cluster.case import Case
+from mlx_dist.cluster.costs import Workload
 from mlx_dist.cluster.machines import read_cluster
 from mlx_dist.cluster.placement import fits
 from mlx_dist.cluster.prediction import Prediction
-from mlx_dist.config import Objective
-from mlx_dist.model.costing import costs_of_config
+from mlx_dist.config import Dtype, Objective
+from mlx_dist.model.counted import Counted
+from mlx_dist.model.files import find_described
 
 _DOCS = Path(__file__).parents[1] / "docs"
 _MODELS, _MACHINES = _DOCS / "plans" / "models", _DOCS / "plans" / "machines"
@@ -99,7 +100,7 @@ def cluster_tables() -> Iterator[str]:
 
 
 def measured_table() -> Iterator[str]:
-    """Published measurements beside what a pipeline is predicted to do there."""
+    """Published measurements beside what is predicted there for the same way to split."""
     yield "| model | machines | measured with | split | measured | predicted | ratio | source |"
     yield "|---|---|---|---|---:|---:|---:|---|"
     for m in MEASURED:
@@ -129,12 +130,17 @@ def _cells(model: str, machines: str, bits: int) -> tuple[str, str, str]:
 
 
 def _predicted(measured: Measured) -> float:
-    """What a pipeline over all machines does there: tokens a second of a stream, or of a prompt."""
+    """What all machines do there, split as for the measurement: tokens a second."""
     num_tokens = measured.prompt_tokens
     # Measurements of streams are of short ones.
     workload = Workload(num_tokens or 512, 1, (num_tokens or 512,))
     prediction = _prediction(
-        measured.model, measured.machines, measured.bits, workload, Objective.throughput
+        measured.model,
+        measured.machines,
+        measured.bits,
+        workload,
+        Objective.throughput,
+        is_tensor=measured.is_tensor,
     )
     assert prediction is not None, f"{measured} does not fit"
     if num_tokens is None:
@@ -143,20 +149,28 @@ def _predicted(measured: Measured) -> float:
 
 
 def _prediction(
-    model: str, machines: str, bits: int, workload: Workload, objective: Objective
+    model: str,
+    machines: str,
+    bits: int,
+    workload: Workload,
+    objective: Objective,
+    is_tensor: bool = False,
 ) -> Prediction | None:
-    """What the best cut does; None if the model does not fit."""
-    costs = _costs(model, bits)
+    """What the best cut does, or all machines as a tensor group; None if the model does not fit."""
+    counted = _counted(model, bits)
+    costs = counted.of()
     cluster = read_cluster(_MACHINES / f"{machines}.toml")
     speedy = cluster.machines(costs.dtype, costs.bits)
-    case = Case(costs, speedy, cluster.links, workload, objective)
+    case = Case(costs, speedy, cluster.links, workload, objective, costs_of=counted.of)
+    if is_tensor:
+        return case.predicted(groups.place(case, len(speedy)))
     return case.predicted() if fits(case.problem()) else None
 
 
 @cache
-def _costs(model: str, bits: int) -> ModelCosts:
-    config = json.loads((_MODELS / model / "config.json").read_text())
-    return costs_of_config(config, name=model, bits=bits)
+def _counted(model: str, bits: int) -> Counted:
+    files = find_described(model, _MODELS / model, (), revision="")
+    return Counted(files, Dtype.auto, fused=True, bits=bits)
 
 
 def _count(machines: str) -> str:

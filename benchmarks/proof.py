@@ -90,7 +90,7 @@ class Rig:
         for stage in stages:
             stage.slots.open(_MICROBATCH, [_SLOT], [None])
         try:
-            for step in _steps(self.steps_BL[:num_steps]):
+            for step in steps_of(self.steps_BL[:num_steps]):
                 yield run(stages, step)
         finally:  # However many of them are taken.
             for stage in stages:
@@ -135,7 +135,7 @@ class Rig:
         """What `stage` puts out at each step, given what reaches it."""
         stage.slots.open(_MICROBATCH, [_SLOT], [None])
         outputs = []
-        for step, hidden_BLD in zip(_steps(self.steps_BL), inputs, strict=True):
+        for step, hidden_BLD in zip(steps_of(self.steps_BL), inputs, strict=True):
             outputs.append(stage.forward(step, hidden_BLD))
             mx.eval(outputs[-1], stage.slots.states(_MICROBATCH))
         stage.slots.close([_SLOT])
@@ -182,7 +182,7 @@ def run(stages: Sequence[Stage], step: Step) -> mx.array:
     return hidden_BLD
 
 
-def _steps(steps_BL: Sequence[mx.array]) -> Iterator[Step]:
+def steps_of(steps_BL: Sequence[mx.array]) -> Iterator[Step]:
     """The steps of one sequence that these tokens (1, L) make up."""
     position = 0
     for tokens_BL in steps_BL:

@@ -79,10 +79,10 @@ class Running:
         return [ranks[rank] for rank in sorted(ranks)] or [self.pid]
 
 
-def _ours(num_ranks: int) -> Callable[[Start], list[str]]:
+def ours(num_ranks: int, *options: str) -> Callable[[Start], list[str]]:
     def command(start: Start) -> list[str]:
         arguments = ["serve", "-n", str(num_ranks), "--model", str(start.model)]
-        arguments += ["--port", str(start.port)]
+        arguments += ["--port", str(start.port), *options]
         return [sys.executable, "-m", "mlx_dist", *arguments]
 
     return command
@@ -126,8 +126,14 @@ def _peer(name: str, how: str, command: Callable[[Start], list[str]]) -> Kind:
 KINDS = {
     kind.name: kind
     for kind in (
-        Kind("ours", "mlx-dist serve, 2 ranks", _ours(2), "/ready"),
-        Kind("ours1", "mlx-dist serve, 1 rank", _ours(1), "/ready"),
+        Kind("ours", "mlx-dist serve, 2 ranks", ours(2), "/ready"),
+        Kind(
+            "ours_tensor",
+            "mlx-dist serve, 2 ranks, tensor",
+            ours(2, "--parallel", "tensor"),
+            "/ready",
+        ),
+        Kind("ours1", "mlx-dist serve, 1 rank", ours(1), "/ready"),
         _peer("mlx_lm", "one process", _mlx_lm()),
         # By default it decodes 32 at a time.
         _peer("mlx_lm64", "one process, decodes 64", _mlx_lm("--decode-concurrency", "64")),
@@ -181,6 +187,10 @@ def running(
         asyncio.run(_await_ready(process, kind.ready_path, port, log))
         name = kind.model or asyncio.run(first_model(HOST, port))
         yield Running(Endpoint(HOST, port, name), process.pid)
+        if process.poll() is not None:
+            raise ServerError(f"it ended with code {process.poll()}:\n{_end_of(log)}")
+    except OSError as error:
+        raise ServerError(f"{error}; its log ends:\n{_end_of(log)}") from error
     finally:
         _end(process)
 
@@ -195,8 +205,11 @@ async def _await_ready(process: subprocess.Popen[bytes], path: str, port: int, l
         if status == 200:
             return
         await asyncio.sleep(0.2)
-    end = log.read_text(errors="replace")[-3000:]
-    raise ServerError(f"it did not come up (exit code {process.poll()}):\n{end}")
+    raise ServerError(f"it did not come up (exit code {process.poll()}):\n{_end_of(log)}")
+
+
+def _end_of(log: Path) -> str:
+    return log.read_text(errors="replace")[-3000:]
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -228,6 +241,12 @@ def descendants(pid: int) -> list[int]:
         for child in children:
             found += descendants(child)
     return found
+
+
+def rss_bytes(pid: int) -> int:
+    """The resident memory of the process `pid`."""
+    fields = Path(f"/proc/{pid}/status").read_text().split("VmRSS:")[1].split()
+    return int(fields[0]) * 1024
 
 
 def cpu_s(pid: int) -> float:

@@ -25,7 +25,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.load import Endpoint, get
-from benchmarks.servers import Kind, Running, Start, running
+from benchmarks.servers import Kind, Running, Start, rss_bytes, running
 from mlx_dist.demo import MODEL_DIR
 
 _NUM_STREAMS = 24
@@ -101,15 +101,10 @@ async def _load(endpoint: Endpoint, pids: list[int], seconds: float) -> tuple[Co
     streams = asyncio.gather(*map(stream, range(_NUM_STREAMS)))
     samples = []
     while not streams.done():
-        samples.append((time.monotonic() - end_s + seconds, [_rss_bytes(pid) for pid in pids]))
+        samples.append((time.monotonic() - end_s + seconds, [rss_bytes(pid) for pid in pids]))
         await asyncio.sleep(_SAMPLE_S)
     await streams
     return counts, samples
-
-
-def _rss_bytes(pid: int) -> int:
-    fields = Path(f"/proc/{pid}/status").read_text().split("VmRSS:")[1].split()
-    return int(fields[0]) * 1024
 
 
 def _command(num_ranks: int, start: Start) -> list[str]:

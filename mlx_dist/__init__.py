@@ -16,8 +16,9 @@ def __getattr__(name: str) -> Any:
     """`from mlx_dist import LLM`, which opens the BLAS before the first import of MLX."""
     if name != "LLM":
         raise AttributeError(f"module 'mlx_dist' has no attribute {name!r}")
-    from mlx_dist.cluster import blas, launch
+    from mlx_dist.cluster import blas, ending, launch
 
+    ending.hold_back_sigterm()
     blas.preload_blas(launch.threads_per_rank())
     from mlx_dist.serve.llm import LLM
 

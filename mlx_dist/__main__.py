@@ -6,7 +6,7 @@ import sys
 import time
 
 from mlx_dist.cli import app
-from mlx_dist.cluster import launch
+from mlx_dist.cluster import ending, launch
 from mlx_dist.errors import AgreedError, ConfigError, MlxDistError, PlacementError, RequestError
 
 _FROM_THE_COMMAND_LINE = (ConfigError, PlacementError, RequestError)
@@ -15,6 +15,7 @@ _FIRST_RANK_SPEAKS_S = 2.0
 
 def main() -> None:
     """Run the command line. An error that a user can put right is one line and exit code 1."""
+    ending.hold_back_sigterm()
     try:
         app()
     except MlxDistError as error:

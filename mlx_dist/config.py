@@ -9,6 +9,9 @@ from pathlib import Path
 
 from mlx_dist.errors import ConfigError, PlacementError
 
+# The default: how long a rank may be silent.
+HEARTBEAT_TIMEOUT_S = 5.0
+
 
 class Fabric(StrEnum):
     """The `mlx.distributed` backend that moves arrays."""
@@ -35,6 +38,14 @@ class Split(StrEnum):
     even = "even"
 
 
+class Parallel(StrEnum):
+    """How ranks share the model: each some layers, all a slice of every layer, or as predicted."""
+
+    pipeline = "pipeline"
+    tensor = "tensor"
+    auto = "auto"
+
+
 class Objective(StrEnum):
     """What the cut is best for: the time of a single stream, or the slowest stage of many."""
 
@@ -53,14 +64,17 @@ class Weights(StrEnum):
 class RunConfig:
     """What a run of the program is given, the same on every rank.
 
-    `layers` holds the number of layers of each rank, or how they are found: for `optimize`, and
-    with `leave_out` perhaps none for a slow machine. `memory_gb` is the most that a rank may use,
+    `layers` holds the number of layers of each stage, or how they are found: for `optimize`, and
+    with `leave_out` perhaps none for a slow machine. `parallel` may be a number: stages are then
+    tensor groups of so many ranks, and `slices` how large their slices are to each other, one
+    number for each rank, or how that is found. `memory_gb` is the most that a rank may use,
     by host name, or "" for all others. With `weights` of the leader, ranks that lack the model are
     sent their part. `prefill_chunk` is the largest number of prompt tokens in one step.
     `kv_memory_gb` is what sequences may fill on each rank, or None for a share of what is free.
     `batching` is "auto", "measure" or "fixed:MICROBATCHES,SEQUENCES,CHUNK". At most `max_queue`
     requests wait. With `reuse_prefixes` caches are kept for prompts that begin like earlier ones.
-    Code that comes with a tokenizer runs only with `trust_remote_code`.
+    Code that comes with a tokenizer runs only with `trust_remote_code`. A rank that is silent for
+    `heartbeat_timeout_s` ends the job.
     """
 
     model: str
@@ -78,6 +92,9 @@ class RunConfig:
     leave_out: bool = False
     memory_gb: Mapping[str, float] = field(default_factory=dict)
     weights: Weights = Weights.own
+    parallel: Parallel | int = Parallel.pipeline
+    slices: tuple[int, ...] | Split = Split.auto
+    heartbeat_timeout_s: float = HEARTBEAT_TIMEOUT_S
 
     def __post_init__(self) -> None:
         if not self.model:
@@ -92,6 +109,13 @@ class RunConfig:
             if not 0 < gigabytes < 1e6:
                 spelled = f"{host}={gigabytes:g}" if host else f"{gigabytes:g}"
                 raise ConfigError(f"--memory-gb is {spelled}; use gigabytes above 0")
+        if isinstance(self.slices, tuple) and min(self.slices, default=0) < 1:
+            spelled = ",".join(map(str, self.slices))
+            raise ConfigError(f"--slices {spelled} gives a rank nothing; use numbers of 1 or more")
+        if not 0.5 <= self.heartbeat_timeout_s <= 3600:
+            raise ConfigError(
+                f"--heartbeat-timeout-s is {self.heartbeat_timeout_s:g}; use 0.5 to 3600"
+            )
         if self.fabric is Fabric.jaccl and self.jaccl_devices is None:
             raise ConfigError(
                 "--fabric jaccl needs --jaccl-devices FILE, the JSON matrix of RDMA devices "
@@ -109,6 +133,35 @@ def parse_layers(text: str) -> tuple[int, ...] | Split:
         raise PlacementError(
             f"--layers {text!r} is none of auto, even and a list of counts, one per rank, "
             "as in 3,1,2"
+        ) from None
+
+
+def parse_parallel(text: str) -> Parallel | int:
+    """The way in "pipeline", "tensor" or "auto", or the number in "tensor=2".
+
+    Raises ConfigError for others.
+    """
+    if text in list(Parallel):
+        return Parallel(text)
+    name, _, size = text.partition("=")
+    if name != Parallel.tensor or not size.isdecimal() or int(size) < 2:
+        raise ConfigError(
+            f"--parallel {text!r} is none of pipeline, tensor, auto, and tensor=N for groups of N "
+            "ranks, 2 or more"
+        )
+    return int(size)
+
+
+def parse_slices(text: str) -> tuple[int, ...] | Split:
+    """The numbers in "2,1,1", or the way in "auto" or "even". Raises ConfigError for others."""
+    if text in list(Split):
+        return Split(text)
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(
+            f"--slices {text!r} is none of auto, even and a list of sizes, one per rank, as in "
+            "2,1,1"
         ) from None
 
 

@@ -61,17 +61,23 @@ def rank_table(reports: list[Report], caption: str) -> None:
     for heading in ("rank", "host", "layers", "weights", "peak memory", "load", "busy"):
         table.add_column(heading, justify="left" if heading == "host" else "right")
     for report in reports:
-        start, end = report.layers
         table.add_row(
             str(report.rank),
             report.host,
-            escape(f"[{start}, {end})") if start < end else "none",
+            escape(_layers(report)),
             _size(report.weights_bytes),
             _size(report.peak_rss_bytes),
             f"{report.load_s:.1f} s",
             f"{report.busy_s:.1f} s",
         )
     console().print(table)
+
+
+def _layers(report: Report) -> str:
+    start, end = report.layers
+    place, sizes = report.slice
+    part = f", slice {place + 1} of {len(sizes)}" if len(sizes) > 1 else ""
+    return f"[{start}, {end}){part}" if start < end else "none"
 
 
 def print_json(result: dict[str, Any]) -> None:

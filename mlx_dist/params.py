@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from mlx_dist.errors import RequestError
 from mlx_dist.messages import Sampling
 
-_LIMITS: dict[str, tuple[float, float]] = {
+# What a sampler takes; a temperature of 0, too.
+LIMITS: dict[str, tuple[float, float]] = {
     "temperature": (0.01, 100),
     "top_p": (1e-6, 1),
     "top_k": (0, 1 << 31),
@@ -18,6 +19,7 @@ _LIMITS: dict[str, tuple[float, float]] = {
     "frequency_penalty": (-100, 100),
     "seed": (0, (1 << 64) - 1),
 }
+MOST_BIAS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +35,16 @@ class Params:
 
     def check(self, spell: Callable[[str], str] = str) -> None:
         """Raise RequestError for a value that no sampler takes; `spell` writes a field's name."""
-        for name, (least, most) in _LIMITS.items():
+        for name, (least, most) in LIMITS.items():
             value = getattr(self.sampling, name)
             # Written so that NaN is refused too.
             if not least <= value <= most and (name, value) != ("temperature", 0):
                 raise RequestError(f"{spell(name)} is {value}; use a value from {least} to {most}")
         for token, bias in self.sampling.logit_bias.items():
-            if not -100 <= bias <= 100:
+            if not -MOST_BIAS <= bias <= MOST_BIAS:
                 raise RequestError(
-                    f"{spell('logit_bias')} {token}:{bias} is not between -100 and 100"
+                    f"{spell('logit_bias')} {token}:{bias} is not between {-MOST_BIAS} and "
+                    f"{MOST_BIAS}"
                 )
         if self.max_tokens is not None and self.max_tokens < 1:
             raise RequestError(f"{spell('max_tokens')} is {self.max_tokens}; use 1 or more")

@@ -9,13 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlx_dist.cluster import links
-from mlx_dist.cluster.additions import Case, best_addition
+from mlx_dist.cluster.additions import best_addition
+from mlx_dist.cluster.case import Case
 from mlx_dist.cluster.costs import ModelCosts, Workload
 from mlx_dist.cluster.machines import read_cluster
 from mlx_dist.cluster.world import World, join
 from mlx_dist.config import RunConfig
-from mlx_dist.engine import placing
+from mlx_dist.engine import placing, ways
 from mlx_dist.errors import ConfigError
+from mlx_dist.model.counted import Counted
 from mlx_dist.model.files import ModelFiles, find_described, find_model
 from mlx_dist.plan_view import Plan, show
 
@@ -60,7 +62,7 @@ def run_plan(config: RunConfig, asked: Asked, as_json: bool) -> None:
     if asked.machines is not None:
         show(plan_of_file(config, asked, asked.machines), as_json)
         return
-    with join(config.fabric, config.jaccl_devices) as world:
+    with join(config.fabric, config.jaccl_devices, config.heartbeat_timeout_s) as world:
         plan = _plan_of_ranks(world, config, asked)
         if plan is not None:
             show(plan, as_json)
@@ -70,35 +72,44 @@ def plan_of_file(config: RunConfig, asked: Asked, path: Path) -> Plan:
     """The plan for the machines in the file `path`, in whatever order is best."""
     cluster = read_cluster(path)
     files = _find(config.model)
-    costs = placing.costs_of(files, config, fused=True, bits=asked.bits)
+    counted = Counted(files, config.dtype, fused=True, bits=asked.bits)
+    costs = counted.of()
     machines = cluster.machines(costs.dtype, costs.bits)
-    case = Case(costs, machines, cluster.links, asked.workload(costs), config.optimize)
-    return _plan(case, files, config)
+    workload = asked.workload(costs)
+    case = Case(costs, machines, cluster.links, workload, config.optimize, costs_of=counted.of)
+    return _plan(case, files, config, ways.sizes(config, len(machines)))
 
 
 def _plan_of_ranks(world: World, config: RunConfig, asked: Asked) -> Plan | None:
     """The plan for all ranks, on the leader; None on the others, which only measure."""
     machines = placing.survey(world, config)
-    files = costs = workload = plan = None
+    files = counted = costs = workload = plan = None
+    sizes: tuple[int, ...] = ()
+    with world.agreement():
+        sizes = ways.sizes(config, world.size, world.fabric)
     with world.decision():
         if world.is_leader:
             files = _find(config.model)
             is_fused = machines[world.rank].device == "gpu"
-            costs = placing.costs_of(files, config, is_fused, asked.bits)
+            counted = Counted(files, config.dtype, fused=is_fused, bits=asked.bits)
+            costs = counted.of()
             workload = asked.workload(costs)
     machines = placing.measured(world, machines, costs, is_fresh=True)
     matrix = links.measure(world)
+    sums = links.measure_sums(world, sizes, None if costs is None else costs.dtype)
     with world.decision():
-        if files is not None and costs is not None and workload is not None:
-            case = placing.case_of(world, config, costs, machines, matrix.for_placement(), workload)
-            plan = replace(_plan(case, files, config), warnings=matrix.warnings)
+        if files is not None and counted is not None and workload is not None:
+            between = matrix.for_placement()
+            case = placing.case_of(world, config, counted, machines, between, workload, sums)
+            plan = replace(_plan(case, files, config, sizes), warnings=matrix.warnings)
     return plan
 
 
-def _plan(case: Case, files: ModelFiles, config: RunConfig) -> Plan:
+def _plan(case: Case, files: ModelFiles, config: RunConfig, sizes: tuple[int, ...]) -> Plan:
     """Raises PlacementError, which says what would fit, if the model does not."""
-    shares = placing.shares_of(case, config, files)
-    return Plan(case, case.predicted(shares), best_addition(placing.levelled(case)))
+    choice = ways.choose(case, config, sizes, files)
+    addition = best_addition(case.levelled(), choice.way)
+    return Plan(case, case.predicted(choice.shares), addition, choice.said)
 
 
 def _find(name: str) -> ModelFiles:

@@ -13,7 +13,8 @@ from rich.table import Table
 
 from mlx_dist import display
 from mlx_dist.cluster import launch
-from mlx_dist.cluster.additions import Addition, Case
+from mlx_dist.cluster.additions import Addition
+from mlx_dist.cluster.case import Case
 from mlx_dist.cluster.prediction import Prediction
 from mlx_dist.config import Objective
 
@@ -26,12 +27,13 @@ _WIDTH = 110
 class Plan:
     """What comes out: the prediction for the placement, and the best thing to add.
 
-    `warnings` are about links.
+    `chosen` says what it was chosen from, if it was; `warnings` are about links.
     """
 
     case: Case
     prediction: Prediction
     addition: Addition | None
+    chosen: str = ""
     warnings: tuple[str, ...] = ()
 
 
@@ -63,6 +65,7 @@ def as_object(plan: Plan) -> dict[str, Any]:
         "optimize": case.objective,
         **found,
         "left_out": _left_out(plan),
+        "chosen": plan.chosen,
         "addition": addition,
         "warnings": list(plan.warnings),
     }
@@ -87,6 +90,8 @@ def lines(plan: Plan) -> list[str]:
     if times:
         said.append(f"first token of a prompt: {', '.join(times)}")
     said.append(f"limited by: {prediction.limit}")
+    if plan.chosen:
+        said.append(plan.chosen)
     said.append(f"best single addition: {_addition(plan)}")
     if left_out := _left_out(plan):
         said.append(f"left out: {', '.join(left_out)}")
@@ -102,7 +107,10 @@ def _table(plan: Plan) -> Table:
         title=f"{escape(case.costs.name)}{bits}, {streams} x {case.workload.context_tokens} tokens",
         title_justify="left",
     )
-    for heading in ("rank", "host", "chip", "layers", "weights", "KV", "headroom", "step"):
+    has_slices = any(stage.slice.size > 1 for stage in plan.prediction.stages)
+    sliced = ("slice",) if has_slices else ()
+    held = ("weights", "KV", "headroom", "step")
+    for heading in ("rank", "host", "chip", "layers", *sliced, *held):
         is_name = heading in ("host", "chip")
         table.add_column(heading, justify="left" if is_name else "right", no_wrap=not is_name)
     for rank, stage in enumerate(plan.prediction.stages):
@@ -112,6 +120,7 @@ def _table(plan: Plan) -> Table:
             escape(stage.name),
             escape(case.machines[stage.machine].chip),
             escape(f"[{start}, {end})"),
+            *((stage.slice.spelled,) if has_slices else ()),
             *(_size(n) for n in (stage.weights_bytes, stage.kv_bytes, stage.headroom_bytes)),
             f"{stage.step_s * 1e3:.1f} ms",
         )

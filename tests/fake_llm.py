@@ -150,6 +150,7 @@ class FakeLLM:
     """`open_limit` generations are taken, then the queue is full; `run` cleared holds all back."""
 
     name = "org/tiny"
+    vocab_size = sys.maxunicode + 1
 
     def __init__(self, text="hello", step_s=0.0, open_limit=None):
         self.tokenizer, self.grammars = FakeTokenizer(), FakeGrammars()
@@ -162,7 +163,10 @@ class FakeLLM:
         self.is_over = False
         threading.Thread(target=self.loop, daemon=True).start()
 
-    def open(self, prompt, params, *, tools=None, on_news):
+    def check_room(self, num):
+        pass
+
+    def open(self, prompt, params, *, tools=None, on_news, tokens_so_far=()):
         if self.error is not None:
             raise self.error
         if any(token > sys.maxunicode for token in getattr(prompt, "tokens", prompt)):
@@ -171,6 +175,9 @@ class FakeLLM:
             raise QueueFullError("the queue is full", 1.5)
         answer = self.text if isinstance(self.text, str) else self.text(prompt, params)
         generation = FakeGeneration(prompt, params, tools, on_news, answer)
+        generation.num_so_far = len(tokens_so_far)
+        for _ in tokens_so_far:
+            generation.step()
         self.opened.append(generation)
         return generation
 

@@ -57,14 +57,21 @@ class Server:
 
 
 @contextmanager
-def serving(*arguments: str | Path, num_ranks: int = 1, **env: str) -> Iterator[Server]:
-    """Run `mlx-dist serve ARGUMENTS` on `num_ranks` ranks at a free port.
+def serving(
+    *arguments: str | Path,
+    num_ranks: int = 1,
+    command: list[str] | None = None,
+    ends_with: int = 0,
+    **env: str,
+) -> Iterator[Server]:
+    """Run `mlx-dist serve ARGUMENTS` on `num_ranks` ranks at a free port, or `command`.
 
-    At the end it must drain and end with code 0.
+    At the end it must drain and end with code 0, or end by itself with another.
     """
-    command = [sys.executable, "-m", "mlx_dist", "serve", "--port", "0", *map(str, arguments)]
-    if num_ranks > 1:
-        command += ["-n", str(num_ranks)]
+    if command is None:
+        command = [sys.executable, "-m", "mlx_dist", "serve", "--port", "0", *map(str, arguments)]
+        if num_ranks > 1:
+            command += ["-n", str(num_ranks)]
     process = subprocess.Popen(
         command,
         env=os.environ | {"OPENBLAS_NUM_THREADS": "1"} | env,
@@ -78,9 +85,10 @@ def serving(*arguments: str | Path, num_ranks: int = 1, **env: str) -> Iterator[
     reading.start()
     try:
         yield Server(_wait_until_up(process, log), process, log)
-        process.send_signal(signal.SIGUSR1)
+        if ends_with == 0:
+            process.send_signal(signal.SIGUSR1)
         code = process.wait(_DOWN_S)
-        assert code == 0, f"ended with {code}:\n{''.join(log)}"
+        assert code == ends_with, f"ended with {code}:\n{''.join(log)}"
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

@@ -25,6 +25,8 @@ from mlx_dist.config import (
     Weights,
     parse_layers,
     parse_memory,
+    parse_parallel,
+    parse_slices,
 )
 from mlx_dist.demo import MODEL_DIR
 from mlx_dist.errors import ConfigError
@@ -40,6 +42,12 @@ _OF_ALL: dict[str, Any] = {
     "layers": Annotated[
         str, typer.Option(help="auto, even, or the layers of each rank, as in 3,1,2.")
     ],
+    "parallel": Annotated[
+        str, typer.Option(help="pipeline, tensor, tensor=N for groups of N ranks, or auto.")
+    ],
+    "slices": Annotated[
+        str, typer.Option(help="auto, even, or the size of each rank's slices, as in 2,1,1.")
+    ],
     "optimize": Annotated[Objective, typer.Option(help="What auto cuts the layers for.")],
     "leave_out": Annotated[
         bool, typer.Option("--leave-out", help="Let auto leave slow machines without layers.")
@@ -54,6 +62,9 @@ _OF_ALL: dict[str, Any] = {
         Weights, typer.Option(help="leader: ranks without the model are sent their part of it.")
     ],
     "jaccl_devices": Annotated[Path | None, typer.Option(help="Device matrix for --fabric jaccl.")],
+    "heartbeat_timeout_s": Annotated[
+        float, typer.Option(help="A rank that is silent for longer ends the job.")
+    ],
 }
 # Those of commands that ask for them.
 _OF_SOME: dict[str, Any] = {
@@ -78,6 +89,8 @@ _OF_SOME: dict[str, Any] = {
 }
 _PARSERS: dict[str, Callable[[Any], Any]] = {
     "layers": parse_layers,
+    "parallel": parse_parallel,
+    "slices": parse_slices,
     "memory_gb": lambda texts: parse_memory(texts or ()),
 }
 _RANKS = {
@@ -117,6 +130,19 @@ class Run:
                 "leave -n out"
             )
         return preload_blas(launch.threads_per_rank())
+
+    def rank_arguments(self, **instead: Any) -> list[str]:
+        """The arguments of `mlx-dist` that start one of the ranks that are asked for.
+
+        As `become_ranks`, but for another process to run; secrets are in this one's environment.
+        Raises ConfigError under a launcher, where the ranks are there already.
+        """
+        if launch.under_a_launcher():
+            raise ConfigError("--supervise starts the ranks itself; give it -n, without mpirun")
+        if self.is_given("hostfile") and self.ranks in (None, 1):
+            raise ConfigError("--hostfile goes with -n of 2 or more; say how many ranks to start")
+        launch.note_terminal()
+        return _arguments(self.context, instead | {"ranks": None, "hostfile": None})
 
     def is_given(self, name: str) -> bool:
         """Whether this command line says it, and not a file or a variable that others share."""

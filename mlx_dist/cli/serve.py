@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 from mlx_dist.cli.app import app
 from mlx_dist.cli.options import Run, runs_model
-from mlx_dist.config import Objective
+from mlx_dist.config import Objective, Split
 from mlx_dist.engine.batching import parse_batching
 from mlx_dist.errors import ConfigError
 from mlx_dist.serve.settings import HttpConfig
@@ -75,6 +76,15 @@ def serve(
         float, typer.Option(help="Longest wait for streams at the end.")
     ] = _HTTP.stop_timeout_s,
     access_log: Annotated[bool, typer.Option("--access-log", help="Log requests.")] = False,
+    supervise: Annotated[
+        bool, typer.Option("--supervise", help="Start the ranks again when they fail.")
+    ] = False,
+    drain_s: Annotated[
+        float, typer.Option(help="With --supervise, longest wait for answers at the end.")
+    ] = 30.0,
+    resume_s: Annotated[
+        float, typer.Option(help="With --supervise, longest break of an answer.")
+    ] = 120.0,
 ) -> None:
     """Serve the model over HTTP, as OpenAI does."""
     key = read_key(api_key, api_key_file)
@@ -106,12 +116,39 @@ def serve(
             f"--max-choices {max_choices} is more than --max-queue {run.config.max_queue}; "
             "a request of so many could never be taken"
         )
+    if supervise:
+        _supervise(run, http, drain_s, resume_s)
     # The file need not be on the other hosts.
     blas = run.become_ranks(api_key=key, api_key_file=None)
 
     from mlx_dist.server import run_server
 
     run_server(run.config, http, blas)
+
+
+def _supervise(run: Run, http: HttpConfig, drain_s: float, resume_s: float) -> NoReturn:
+    """Serve from here, over ranks that are children of this process. Does not return."""
+    from mlx_dist.supervise.lifecycle import Limits
+    from mlx_dist.supervise.roster import roster_of
+    from mlx_dist.supervise.supervisor import Plan, run_supervisor
+
+    for name, seconds in (("--drain-s", drain_s), ("--resume-s", resume_s)):
+        if not 0 < seconds < 1e7:
+            raise ConfigError(f"{name} is {seconds:g}; use seconds above 0")
+    # The relay logs requests: it knows the clients.
+    arguments = run.rank_arguments(
+        supervise=False, access_log=False, api_key=http.api_key, api_key_file=None
+    )
+    plan = Plan(
+        arguments=arguments,
+        roster=roster_of(run.ranks, run.hostfile),
+        hostfile=run.hostfile,
+        can_replan=isinstance(run.config.layers, Split),
+        http=http,
+        limits=Limits(drain_s=drain_s),
+        resume_s=resume_s,
+    )
+    sys.exit(run_supervisor(plan))
 
 
 def read_key(key: str | None, file: Path | None) -> str | None:

@@ -9,12 +9,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from mlx_dist.cluster.costs import Link, Machine, ModelCosts, Workload
+from mlx_dist.cluster.case import Case, Way
+from mlx_dist.cluster.costs import Link, Machine, ModelCosts
 from mlx_dist.cluster.machines import faster_link, nominal_link
-from mlx_dist.cluster.placement import Problem, Share, best, fits
-from mlx_dist.cluster.prediction import Links, Prediction, predict, problem
-from mlx_dist.config import Objective
-from mlx_dist.errors import PlacementError
+from mlx_dist.cluster.placement import fits
+from mlx_dist.cluster.problems import Links
 
 _GIB = 1 << 30
 _LEAST_CONTEXT = 512
@@ -26,62 +25,6 @@ _WORTHWHILE = 1.02
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
-    """What is to be placed where, for which of the two rates, and in what order.
-
-    `leader` is the machine that holds the first stage, or None for any. `remedies` say what would
-    fit, for the error if this does not.
-    """
-
-    costs: ModelCosts
-    machines: tuple[Machine, ...]
-    links: Links
-    workload: Workload
-    objective: Objective
-    leader: int | None = None
-    is_order_fixed: bool = False
-    may_leave_out: bool = True
-    remedies: tuple[str, ...] = ()
-
-    def problem(self) -> Problem:
-        return problem(
-            self.costs,
-            self.machines,
-            self.links,
-            self.workload,
-            self.objective,
-            leader=self.leader,
-            is_order_fixed=self.is_order_fixed,
-            may_leave_out=self.may_leave_out,
-            remedies=self.remedies,
-        )
-
-    def placement(self) -> tuple[Share, ...]:
-        """The best placement. Raises PlacementError if the model does not fit."""
-        return best(self.problem(), self.objective)
-
-    def predicted(self, placement: Sequence[Share] | None = None) -> Prediction:
-        """What `placement`, or the best one, does. Raises PlacementError if there is none."""
-        shares = self.placement() if placement is None else placement
-        return predict(self.costs, self.machines, self.links, shares, self.workload)
-
-    def rate(self) -> float:
-        """The tokens a second that are asked for, 0 where the model does not fit."""
-        # Times of prompts are not looked at.
-        case = replace(self, workload=replace(self.workload, prompt_tokens=()))
-        try:
-            return self.rate_of(case.predicted())
-        except PlacementError:
-            return 0.0
-
-    def rate_of(self, prediction: Prediction) -> float:
-        """The tokens a second that are asked for, as predicted."""
-        if self.objective is Objective.latency:
-            return prediction.stream_tokens_per_s
-        return prediction.total_tokens_per_s
-
-
-@dataclass(frozen=True, slots=True)
 class Addition:
     """Something to add, and how many times as fast the asked rate is with it."""
 
@@ -89,14 +32,14 @@ class Addition:
     speedup: float
 
 
-def best_addition(case: Case) -> Addition | None:
+def best_addition(case: Case, way: Way = Case.placement) -> Addition | None:
     """The single addition that raises the asked rate most, or None if none is worth while.
 
     Tried are one more machine of each kind present, twice the memory of the fullest machine, and
-    a faster link. The model must fit.
+    a faster link. The model must fit, placed in this `way`.
     """
-    rate = case.rate()
-    tried = [Addition(what, other.rate() / rate) for what, other in _additions(case)]
+    rate = case.rate(way)
+    tried = [Addition(what, other.rate(way) / rate) for what, other in _additions(case, way)]
     top = max(tried, key=lambda addition: addition.speedup)
     return top if top.speedup > _WORTHWHILE else None
 
@@ -154,11 +97,11 @@ def _fits(case: Case) -> bool:
     return fits(case.problem())
 
 
-def _additions(case: Case) -> Iterator[tuple[str, Case]]:
+def _additions(case: Case, way: Way) -> Iterator[tuple[str, Case]]:
     for kind in _kinds(case.machines):
         machine = case.machines[kind]
         yield f"one more {machine.chip} of {_size(machine)}", _with_another(case, kind)
-    fullest = _fullest(case)
+    fullest = min(case.predicted(way(case)).stages, key=lambda stage: stage.headroom_bytes).machine
     machine = case.machines[fullest]
     larger = replace(
         machine,
@@ -182,11 +125,6 @@ def _kinds(machines: Sequence[Machine]) -> list[int]:
     """The first machine of each kind."""
     kinds = [(m.chip, m.memory_bytes, m.usable_bytes) for m in machines]
     return [i for i, kind in enumerate(kinds) if kind not in kinds[:i]]
-
-
-def _fullest(case: Case) -> int:
-    """The machine with the least headroom."""
-    return min(case.predicted().stages, key=lambda stage: stage.headroom_bytes).machine
 
 
 def _with_another(case: Case, kind: int) -> Case:

@@ -12,10 +12,10 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Protocol
 
-from mlx_dist.errors import ProtocolError
+from mlx_dist.cluster.pulse import Pulse
 from mlx_dist.messages import AnyMessage, Message, decode, encode
 
 ABORT_CODE = 86
@@ -48,12 +48,16 @@ class Wire(Protocol):
 
 
 class Control:
-    """Numbers the frames of each pair of ranks, so that none is lost or taken for another."""
+    """Numbers the frames of each pair of ranks, so that none is lost or taken for another.
 
-    def __init__(self, wire: Wire, rank: int) -> None:
+    Where work waits for a message, `pulse` is told.
+    """
+
+    def __init__(self, wire: Wire, rank: int, pulse: Pulse | None = None) -> None:
         self.can_poll = wire.can_poll
         self._wire = wire
         self._rank = rank
+        self._pulse = pulse
         self._sent: defaultdict[int, int] = defaultdict(int)
         self._received: defaultdict[int, int] = defaultdict(int)
         self._gathered = 0
@@ -70,7 +74,10 @@ class Control:
 
         Raises ProtocolError if what comes is not that.
         """
-        return self._decode(self._wire.receive(source, is_idle), source)
+        is_within = self._pulse is not None and self._pulse.is_working
+        with self._pulse.waiting() if self._pulse and is_within else nullcontext():
+            frame = self._wire.receive(source, is_idle)
+        return self._decode(frame, source)
 
     def poll(self, source: int) -> AnyMessage | None:
         """The next message from rank `source` if it has come. Only with `can_poll`."""
@@ -96,24 +103,19 @@ class Control:
             print(f"r{self._rank} frame {route} {message}", file=sys.stderr, flush=True)
 
 
-class LoopbackWire:
-    """The control plane of a world of one."""
+class LoneWire:
+    """The control plane of a world of one, which has nobody to send to."""
 
     can_poll = True
 
-    def __init__(self) -> None:
-        self._frames: list[bytes] = []
-
     def send(self, frame: bytes, destination: int) -> None:
-        self._frames.append(frame)
+        raise AssertionError("a world of one sends nothing")
 
     def receive(self, source: int, is_idle: bool = False) -> bytes:
-        if not self._frames:
-            raise ProtocolError("a world of one waits for a message that nobody can send")
-        return self._frames.pop(0)
+        raise AssertionError("a world of one waits for nobody")
 
     def poll(self, source: int) -> bytes | None:
-        return self._frames.pop(0) if self._frames else None
+        return None
 
     def all_gather(self, frame: bytes, deadline_s: float | None) -> list[bytes]:
         return [frame]

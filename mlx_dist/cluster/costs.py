@@ -32,7 +32,8 @@ class LayerCost:
 
     `expert` is a single expert's matrices. `score_flops` are those of one query and one key, all
     heads together; `num_scores` are the elements whose exponential they cost, where attention is
-    not one operation. `num_activations` are the elements of activation functions a token.
+    not one operation. `num_activations` are the elements of activation functions a token. Of a
+    slice, `sums` are the bytes of each sum over its tensor group, for a token.
     """
 
     weights_bytes: int
@@ -45,6 +46,7 @@ class LayerCost:
     expert: Products = Products()
     num_experts: int = 0
     experts_per_token: int = 0
+    sums: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +62,12 @@ class OutsideCost:
 
 @dataclass(frozen=True, slots=True)
 class ModelCosts:
-    """A model. `head` turns the last hidden state into logits, for each token that is sampled.
+    """A model, or a slice of it.
 
-    `hidden_bytes` is one token's hidden state, as it crosses a cut.
+    `head` turns the last hidden state into logits, for each token that is sampled. `hidden_bytes`
+    is one token's hidden state, as it crosses a cut. Of a slice, `entry_sums` are the bytes of
+    sums over its tensor group before the first layer, for a token, and `logits_bytes` those of the
+    logits that its ranks gather, for a token that is sampled.
     """
 
     name: str
@@ -73,6 +78,8 @@ class ModelCosts:
     hidden_bytes: int
     vocab_size: int
     context_tokens: int | None = None
+    entry_sums: tuple[int, ...] = ()
+    logits_bytes: int = 0
 
     @property
     def num_layers(self) -> int:

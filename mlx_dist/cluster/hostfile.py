@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mlx_dist.errors import ConfigError
@@ -26,6 +26,19 @@ def read_hosts(hostfile: Path) -> tuple[str, ...]:
     return hosts
 
 
+def read_slots(hostfile: Path) -> dict[str, int]:
+    """The number of ranks that each host of `hostfile` takes, 1 where it does not say.
+
+    Raises ConfigError as `read_hosts` does.
+    """
+    slots = dict.fromkeys(read_hosts(hostfile), 0)
+    for line in hostfile.read_text(encoding="utf-8").splitlines():
+        if words := line.partition("#")[0].split():
+            told = [word.removeprefix("slots=") for word in words if word.startswith("slots=")]
+            slots[words[0]] += int(told[0]) if told and told[0].isdecimal() else 1
+    return slots
+
+
 def require_names(hosts: Sequence[str]) -> None:
     """Raise ConfigError for what is no host's name. ssh would take one with a dash for a flag."""
     for host in hosts:
@@ -40,9 +53,14 @@ def hostfile_of(hosts: Sequence[str]) -> str:
     lines = [
         "# The hosts, one rank each. The first, the leader, is where mlx-dist is started.",
         "# It must reach the others by ssh without a password.",
-        *(f"{host} slots=1" for host in hosts),
+        *slot_lines(dict.fromkeys(hosts, 1)),
     ]
     return "\n".join(lines) + "\n"
+
+
+def slot_lines(slots: Mapping[str, int]) -> list[str]:
+    """The lines of a hostfile that give each host its number of ranks."""
+    return [f"{host} slots={num_ranks}" for host, num_ranks in slots.items()]
 
 
 def is_this_machine(host: str) -> bool:

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,6 +24,7 @@ _FORWARDED = ("MLX_", "HF_", "OPENBLAS_", "OMP_", "BLIS_", "MKL_")
 # What these name is true on this host only.
 LOCAL_VARIABLES = {
     "MLX_DIST_ADDRESS",
+    "MLX_DIST_SUPERVISOR",
     "MLX_HOSTFILE",
     "MLX_IBV_DEVICES",
     "MLX_MPI_LIBNAME",
@@ -77,10 +79,16 @@ def threads_per_rank() -> int:
     return max(1, num_cores // ranks_on_this_host())
 
 
-def mpirun_command(num_ranks: int, hostfile: Path | None, python: list[str]) -> list[str]:
+def mpirun_command(
+    num_ranks: int,
+    hostfile: Path | None,
+    python: list[str],
+    environ: Mapping[str, str] = os.environ,
+) -> list[str]:
     """The command that runs this Python with the arguments `python` on `num_ranks` ranks.
 
-    Raises ConfigError for a count or a hostfile that cannot be, WorldError without an mpirun.
+    `environ` is what it will be started with. Raises ConfigError for a count or a hostfile that
+    cannot be, WorldError without an mpirun.
     """
     if not 1 <= num_ranks <= MAX_RANKS:
         raise ConfigError(f"-n {num_ranks} is not between 1 and {MAX_RANKS}")
@@ -98,17 +106,17 @@ def mpirun_command(num_ranks: int, hostfile: Path | None, python: list[str]) -> 
     command += ["--mca", "mpi_yield_when_idle", "1"]
     if os.geteuid() == 0:
         command.append("--allow-run-as-root")
-    for name in sorted(os.environ):
+    for name in sorted(environ):
         if name.startswith(_FORWARDED) and name not in LOCAL_VARIABLES:
             command += ["-x", name]
     # By absolute path: a bare name is looked up on the other host with another PATH.
     interpreter = str(Path(sys.executable).absolute())
-    return [*command, interpreter, *_job_option(), *_without_colons(python)]
+    return [*command, interpreter, *job_option(environ), *_without_colons(python)]
 
 
-def _job_option() -> list[str]:
+def job_option(environ: Mapping[str, str]) -> list[str]:
     """Puts the id of a job that has one into its ranks' command lines, where `ps` shows it."""
-    job = os.environ.get(jobs.VARIABLES[0])
+    job = environ.get(jobs.VARIABLES[0])
     return ["-X", f"{jobs.OPTION}={job}"] if job else []
 
 
@@ -123,14 +131,18 @@ def _without_colons(arguments: list[str]) -> list[str]:
     return tied
 
 
+def note_terminal() -> None:
+    """Let ranks know that a person watches: under mpirun their stderr is a pipe."""
+    if sys.stderr.isatty():
+        os.environ["MLX_DIST_TERMINAL_WIDTH"] = str(shutil.get_terminal_size().columns)
+
+
 def relaunch(num_ranks: int, hostfile: Path | None, arguments: list[str]) -> NoReturn:
     """Become mpirun with `num_ranks` ranks of this program. Does not return.
 
     Raises ConfigError or LaunchError for what cannot be started, naming a host out of reach.
     """
-    if sys.stderr.isatty():
-        # Under mpirun stderr is a pipe; the ranks cannot see that a person watches.
-        os.environ["MLX_DIST_TERMINAL_WIDTH"] = str(shutil.get_terminal_size().columns)
+    note_terminal()
     command = mpirun_command(num_ranks, hostfile, ["-m", "mlx_dist", *arguments])
     if hostfile is not None:
         # mpirun waits for minutes for a host that is not there.

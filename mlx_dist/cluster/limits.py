@@ -43,10 +43,10 @@ class Turn:
 
 
 def limit_of(turn: Turn, names: Sequence[str]) -> str:
-    """What bounds `turn`: memory bandwidth, products or small operations of machines, or a link.
+    """What bounds `turn`: memory, products, small operations or collectives of machines, or a link.
 
-    `names` are the stages' machines. Where the whole way is what counts, it is what takes most of
-    it; else what takes most of the busiest stage, or the busiest link.
+    `names` are the stages' machines, or groups of them. Where the whole way is what counts, it is
+    what takes most of it; else what takes most of the busiest stage, or the busiest link.
     """
     links = [f"{a} to {b}" for a, b in zip(names, [*names[1:], names[0]], strict=True)]
     stages = list(turn.stages)
@@ -68,6 +68,7 @@ def _kinds(stages: Sequence[Seconds]) -> dict[str, list[float]]:
         "memory bandwidth of": [stage.memory_s for stage in stages],
         "products of": [stage.products_s for stage in stages],
         "small operations of": [stage.operations_s for stage in stages],
+        "collectives of": [stage.collectives_s for stage in stages],
     }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from statistics import median
@@ -21,7 +21,7 @@ from mlx_dist.cluster import network, traffic
 from mlx_dist.cluster.costs import Link
 from mlx_dist.cluster.world import World
 from mlx_dist.errors import ProtocolError
-from mlx_dist.messages import Interface, LinkReport, Outcome, Ping, expect
+from mlx_dist.messages import Identity, Interface, LinkReport, Outcome, Ping, SumReport, expect
 
 _NUM_WARMUPS = 2
 _NUM_TRIPS = 20
@@ -35,6 +35,11 @@ _NUM_REPEATS = 2
 _ENOUGH_S = 0.05
 _LARGEST_ARRAY_BYTES = 4 << 20
 _LARGEST_FRAME_BYTES = 256 << 10
+
+# Of a sum: from one hidden vector of a small model to those of a chunk of a large one's prompt, and
+# how many of them follow each other, as layers' do.
+_SUMS = {4 << 10: 8, 32 << 10: 8, 256 << 10: 4, 4 << 20: 2}
+_NUM_SUM_TRIALS = 5
 
 _NOWHERE = Link(0.0, math.inf)
 _UNREACHABLE = Link(math.inf, math.inf)
@@ -86,6 +91,32 @@ def measure(world: World) -> LinkMatrix:
         used=tuple(tuple(r.used) for r in reports),
         warnings=_warnings(world.hosts, reports),
     )
+
+
+def measure_sums(
+    world: World, sizes: Sequence[int], dtype: str | None
+) -> dict[int, dict[int, float]]:
+    """Seconds of a sum over tensor groups of each of `sizes` ranks, by its bytes.
+
+    Every rank must call this at the same time; the answer is the same on all: that of the slowest
+    group, while all groups of a size are at it. `dtype` is the leader's, others may give None.
+    """
+    told = world.control.all_gather(Identity(world.host, {"dtype": dtype or ""}))
+    kind = getattr(mx, expect(told[world.leader_rank], Identity).facts["dtype"])
+    found: dict[int, dict[int, float]] = {}
+    for size in sizes:
+        firsts = range(0, world.size, size)
+        group = world.tensor_group([range(first, first + size) for first in firsts])
+        if group is None:
+            continue
+        own = {
+            num_bytes: group.sum_s(num_bytes, kind, num_sums, _NUM_SUM_TRIALS)
+            for num_bytes, num_sums in _SUMS.items()
+        }
+        gathered = world.control.all_gather(SumReport(own))
+        reports = [expect(message, SumReport).seconds for message in gathered]
+        found[size] = {n: max(seconds[n] for seconds in reports) for n in _SUMS}
+    return found
 
 
 class _Row:

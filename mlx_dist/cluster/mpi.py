@@ -5,12 +5,13 @@ The only module that imports mpi4py. Importing this module starts nothing.
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from mlx_dist.cluster.control import ABORT_CODE, MEETING_S, Waiter, deadline
 from mlx_dist.errors import WorldError
@@ -140,14 +141,20 @@ class MpiWire:
 
     def finalize(self) -> None:
         """Leave MPI in order. Without this a daemon thread makes mpirun report a failure."""
-        self._mpi.Request.Waitall(self._sending)
-        self._comm.Free()
+        self.close()
         self._mpi.Finalize()
 
-    def abort(self) -> NoReturn:
+    def close(self) -> None:
+        """Every rank gives this communicator up."""
+        self._mpi.Request.Waitall(self._sending)
+        self._comm.Free()
+
+    def abort(self) -> None:
         """End every rank of the job at once."""
-        self._mpi.COMM_WORLD.Abort(ABORT_CODE)
-        raise AssertionError("MPI_Abort returned")
+        # Not by mpi4py, which keeps Python's lock meanwhile: no thread could see that it hangs.
+        library = ctypes.CDLL(os.environ["MPI4PY_LIBMPI"])
+        world = self._mpi._handleof(self._mpi.COMM_WORLD)
+        library.MPI_Abort(ctypes.c_void_p(world), ABORT_CODE)
 
     def _wait_for(
         self, source: int, tag: int, deadline_s: float | None = None, is_idle: bool = False

@@ -43,12 +43,36 @@ class Problem:
 
 
 @dataclass(frozen=True, slots=True)
+class Slice:
+    """One of the slices that a tensor group cuts its layers into: number `place`.
+
+    `weights` say how large they are to each other, one for each rank of the group.
+    """
+
+    place: int = 0
+    weights: tuple[int, ...] = (1,)
+
+    @property
+    def size(self) -> int:
+        return len(self.weights)
+
+    @property
+    def spelled(self) -> str:
+        """The part of a layer that this is, as in 2/5."""
+        return f"{self.weights[self.place]}/{sum(self.weights)}"
+
+
+WHOLE = Slice()
+
+
+@dataclass(frozen=True, slots=True)
 class Share:
-    """A machine's stage: layers [start, end)."""
+    """A machine's stage: layers [start, end), of which it holds `slice`."""
 
     machine: int
     start: int
     end: int
+    slice: Slice = WHOLE
 
 
 Placement = tuple[Share, ...]
@@ -72,11 +96,15 @@ def is_within_memory(problem: Problem, placement: Placement) -> bool:
     return not _excesses(problem, placement)
 
 
-def check(problem: Problem, placement: Placement) -> None:
-    """Raises PlacementError, which says what is missing where, if some memory is too small."""
+def check(problem: Problem, placement: Placement, remedy: str | None = None) -> None:
+    """Raises PlacementError, which says what is missing where, if some memory is too small.
+
+    A `remedy` is in place of the one that is found for stages of single machines.
+    """
     if is_within_memory(problem, placement):
         return
-    remedy = "another placement fits: --layers auto" if fits(problem) else _remedy(problem)
+    if remedy is None:
+        remedy = "another placement fits: --layers auto" if fits(problem) else _remedy(problem)
     missing = _what_is_missing(problem, placement)
     raise PlacementError(f"the model does not fit as it is cut: {missing}; {remedy}")
 
@@ -89,7 +117,7 @@ def best(problem: Problem, objective: Objective) -> Placement:
     """
     _check_rules(problem)
     if not fits(problem):
-        missing = _what_is_missing(problem, _nearest(problem))
+        missing = _what_is_missing(problem, nearest(problem))
         raise PlacementError(f"the model does not fit: {missing}; {_remedy(problem)}")
     machines = range(problem.num_machines)
     hops = np.array([[problem.hop_s(a, b) if a != b else 0.0 for b in machines] for a in machines])
@@ -105,32 +133,35 @@ def fits(problem: Problem) -> bool:
     return isfinite(_search(problem, nothing).least()[0])
 
 
-def even_counts(num_layers: int, num_ranks: int) -> tuple[int, ...]:
+def even_counts(num_layers: int, num_ranks: int, holder: str = "rank") -> tuple[int, ...]:
     """Layers of each rank, as even as can be; the first ranks take what does not divide.
 
     Raises PlacementError with more ranks than layers.
     """
     if num_ranks > num_layers:
         raise PlacementError(
-            f"the model has {num_layers} layers and there are {num_ranks} ranks; "
+            f"the model has {num_layers} layers and there are {num_ranks} {holder}s; "
             f"start at most {num_layers}"
         )
     share, rest = divmod(num_layers, num_ranks)
     return tuple(share + (rank < rest) for rank in range(num_ranks))
 
 
-def cut(num_layers: int, num_ranks: int, counts: Sequence[int] | None) -> list[tuple[int, int]]:
+def cut(
+    num_layers: int, num_ranks: int, counts: Sequence[int] | None, holder: str = "rank"
+) -> list[tuple[int, int]]:
     """Every rank's layers [start, end): `counts` of them each, or an even split for None.
 
-    Raises PlacementError unless every layer is held exactly once and every rank holds one.
+    Raises PlacementError unless every layer is held exactly once and every rank holds one. It
+    calls them by the name of the `holder`, which may be a group.
     """
     if counts is None:
-        counts = even_counts(num_layers, num_ranks)
+        counts = even_counts(num_layers, num_ranks, holder)
     written = ",".join(map(str, counts))
     if len(counts) != num_ranks:
         raise PlacementError(
-            f"--layers {written} cuts for {len(counts)} ranks and there are {num_ranks}; "
-            "write one count per rank"
+            f"--layers {written} cuts for {len(counts)} {holder}s and there are {num_ranks}; "
+            f"write one count per {holder}"
         )
     if sum(counts) != num_layers:
         raise PlacementError(
@@ -138,7 +169,7 @@ def cut(num_layers: int, num_ranks: int, counts: Sequence[int] | None) -> list[t
         )
     if min(counts) < 1:
         raise PlacementError(
-            f"--layers {written} leaves a rank without layers; give it one or start fewer"
+            f"--layers {written} leaves a {holder} without layers; give it one or start fewer"
         )
     stages, start = [], 0
     for count in counts:
@@ -222,7 +253,7 @@ def _excesses(problem: Problem, placement: Placement) -> list[tuple[Share, int]]
     return [(share, num_bytes) for share, num_bytes in excesses if num_bytes]
 
 
-def _nearest(problem: Problem) -> Placement:
+def nearest(problem: Problem) -> Placement:
     """The placement that lacks the least memory in all, the lack as evenly shared as can be."""
     excess = _search(problem, _table(problem, partial(_excess_bytes, problem)))
     return _placement(excess.levelled(most=excess.least()[0] * (1 + ROUNDING)))
@@ -236,12 +267,16 @@ def _what_is_missing(problem: Problem, placement: Placement) -> str:
     )
     excesses = _excesses(problem, placement)
     missing = ", ".join(
-        f"{_gb(num_bytes)} on {problem.names[share.machine]} for layers "
-        f"{share.start}-{share.end - 1}"
+        f"{_gb(num_bytes)} on {problem.names[share.machine]} for {_spelled(share)}"
         for share, num_bytes in excesses
     )
     missing_bytes = sum(num_bytes for _, num_bytes in excesses)
     return f"{there}, and {_gb(missing_bytes)} are missing ({missing})"
+
+
+def _spelled(share: Share) -> str:
+    layers = f"layers {share.start}-{share.end - 1}"
+    return layers if share.slice.size == 1 else f"{share.slice.spelled} of {layers}"
 
 
 def _remedy(problem: Problem) -> str:

@@ -21,25 +21,32 @@ _SCALE_BITS = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Seconds:
-    """Where the time of a step goes: reading memory, multiplying, and small operations."""
+    """Where the time of a step goes: memory, products, small operations, a group's collectives."""
 
     memory_s: float = 0.0
     products_s: float = 0.0
     operations_s: float = 0.0
+    collectives_s: float = 0.0
 
     @property
     def total_s(self) -> float:
-        return self.memory_s + self.products_s + self.operations_s
+        return self.memory_s + self.products_s + self.operations_s + self.collectives_s
 
     def __add__(self, other: Seconds) -> Seconds:
         return Seconds(
             self.memory_s + other.memory_s,
             self.products_s + other.products_s,
             self.operations_s + other.operations_s,
+            self.collectives_s + other.collectives_s,
         )
 
     def times(self, factor: float) -> Seconds:
-        return Seconds(self.memory_s * factor, self.products_s * factor, self.operations_s * factor)
+        return Seconds(
+            self.memory_s * factor,
+            self.products_s * factor,
+            self.operations_s * factor,
+            self.collectives_s * factor,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,16 +6,14 @@ in docs/architecture.md, "How a world comes up".
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import socket
 import sys
 import tempfile
 import threading
-import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,14 +23,20 @@ from typing import NoReturn
 import mlx.core as mx
 
 from mlx_dist.cluster import mpi
-from mlx_dist.cluster.control import ABORT_CODE, MEETING_S, Control, LoopbackWire, Wire
+from mlx_dist.cluster.collective import TensorGroup, kept
+from mlx_dist.cluster.control import MEETING_S, Control, LoneWire, Wire, deadline
+from mlx_dist.cluster.ending import Ending, bounded, hold_back_sigterm
 from mlx_dist.cluster.fabric import FabricWire
 from mlx_dist.cluster.mpi import MpiWire
-from mlx_dist.config import Fabric
+from mlx_dist.cluster.pulse import Pulse
+from mlx_dist.cluster.watch import Watch
+from mlx_dist.config import HEARTBEAT_TIMEOUT_S, Fabric
 from mlx_dist.errors import AgreedError, ConfigError, MlxDistError, WorldError
 from mlx_dist.messages import Address, Identity, Outcome, expect
 
-_SAY_FIRST_S = 0.1
+# MPI and a ring come up when the last rank has started.
+JOIN_S = 60.0
+_LEAVING_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,9 @@ class World:
     group: mx.distributed.Group | None
     hosts: tuple[str, ...]
     streams: Streams
+    pulse: Pulse
+    ending: Ending
+    watch: Watch | None = None
     mpi_wire: MpiWire | None = None
 
     @property
@@ -73,6 +80,11 @@ class World:
         Over jaccl it has not been tried.
         """
         return self.fabric == "mpi"
+
+    @property
+    def talks_directly(self) -> bool:
+        """Whether any two ranks can send each other messages; without MPI neighbours only can."""
+        return self.mpi_wire is not None
 
     @property
     def leader_rank(self) -> int:
@@ -139,6 +151,19 @@ class World:
     def _name(self, ranks: list[int]) -> str:
         return ", ".join(f"rank {rank} ({self.hosts[rank]})" for rank in ranks)
 
+    def tensor_group(self, stages: Sequence[Sequence[int]]) -> TensorGroup | None:
+        """This rank's group among `stages`; None where it has a stage, or nothing, of its own.
+
+        Every rank must ask at once. Only MPI can make groups of some of the ranks.
+        """
+        index = next((i for i, ranks in enumerate(stages) if self.rank in ranks), len(stages))
+        own = stages[index] if index < len(stages) else (self.rank,)
+        group = self.group
+        if group is not None and max(map(len, stages)) not in (1, self.size):
+            place = own.index(self.rank)
+            group = kept(group.split(index, place))
+        return None if group is None or len(own) == 1 else TensorGroup(group)
+
     def fail(self, error: BaseException) -> NoReturn:
         """Say what happened on this rank and end every rank of the job with code 86."""
         where = f"rank {self.rank} ({self.host})"
@@ -149,16 +174,7 @@ class World:
             if isinstance(error, Exception):
                 lines = "".join(traceback.format_exception(error)) + lines
         notes = "".join(f" ({note})" for note in getattr(error, "__notes__", []))
-        print(lines + notes, file=sys.stderr, flush=True)
-        # Else mpirun's words about the abort come first, or through the middle of these.
-        time.sleep(_SAY_FIRST_S)
-        self.abort()
-
-    def abort(self) -> NoReturn:
-        """End every rank of the job at once; without MPI this one, which the launcher notices."""
-        if self.mpi_wire is not None:
-            self.mpi_wire.abort()
-        os._exit(ABORT_CODE)
+        self.ending.abort(lines + notes)
 
     def __enter__(self) -> World:
         if self.size > 1:
@@ -167,6 +183,9 @@ class World:
             threading.excepthook = lambda args: self.fail(
                 args.exc_value or RuntimeError(f"thread {args.thread} died")
             )
+        self.ending.watch()
+        if self.watch is not None:
+            self.watch.start()
         return self
 
     def __exit__(
@@ -183,21 +202,31 @@ class World:
         if self.size > 1:
             self.control.all_gather(Outcome())
             mx.synchronize(self.streams.send)
+        if self.watch is not None:
+            self.watch.stop()
         if self.mpi_wire is not None:
-            self.mpi_wire.finalize()
+            with deadline(_LEAVING_S):
+                self.mpi_wire.finalize()
         sys.excepthook = sys.__excepthook__
         threading.excepthook = threading.__excepthook__
 
 
-def join(fabric: Fabric, jaccl_devices: Path | None = None) -> World:
+def join(
+    fabric: Fabric,
+    jaccl_devices: Path | None = None,
+    heartbeat_timeout_s: float = HEARTBEAT_TIMEOUT_S,
+) -> World:
     """Meet the other ranks, over MPI under mpirun and over the fabric under `mlx.launch`.
 
+    A rank that is silent for `heartbeat_timeout_s` from then on ends the job.
     Raises WorldError if they cannot meet and ConfigError if `fabric` does not go with the launcher.
     """
+    pulse = Pulse(heartbeat_timeout_s)
     if mpi.world_size() > 1:
-        return _join_under_mpirun(fabric, jaccl_devices)
+        hold_back_sigterm()
+        return _join_under_mpirun(fabric, jaccl_devices, pulse)
     if "MLX_RANK" in os.environ:
-        return _join_under_mlx_launch(fabric)
+        return _join_under_mlx_launch(fabric, pulse)
     if fabric not in (Fabric.auto, Fabric.mpi):
         raise ConfigError(
             f"--fabric {fabric} needs more than one rank; start with -n N, mpirun or mlx.launch"
@@ -208,18 +237,21 @@ def join(fabric: Fabric, jaccl_devices: Path | None = None) -> World:
 def alone() -> World:
     """A world of one, which needs no launcher and no MPI."""
     host = socket.gethostname()
-    return World(0, 1, "none", Control(LoopbackWire(), 0), None, (host,), Streams())
+    pulse = Pulse(HEARTBEAT_TIMEOUT_S)
+    control = Control(LoneWire(), 0)
+    return World(0, 1, "none", control, None, (host,), Streams(), pulse, Ending(None))
 
 
-def _join_under_mpirun(fabric: Fabric, jaccl_devices: Path | None) -> World:
+def _join_under_mpirun(fabric: Fabric, jaccl_devices: Path | None, pulse: Pulse) -> World:
     mpi.prepare()
     if fabric in (Fabric.auto, Fabric.mpi):
         # MLX calls MPI_Init without asking whether MPI is up, so it goes first.
         group = _init_fabric("mpi")
         wire = MpiWire(mpi_is_up=True)
-        return _meet(wire.rank, wire.size, "mpi", wire, group, Streams())
-    wire = MpiWire(mpi_is_up=False)
-    control = Control(wire, wire.rank)
+        return _meet(wire.rank, "mpi", wire, group, Streams(), pulse)
+    with bounded("MPI has not come up", JOIN_S):
+        wire = MpiWire(mpi_is_up=False)
+    control = Control(wire, wire.rank, pulse)
     addresses = _exchange_addresses(control, wire.rank)
     os.environ["MLX_RANK"] = str(wire.rank)
     if fabric is Fabric.jaccl:
@@ -236,10 +268,10 @@ def _join_under_mpirun(fabric: Fabric, jaccl_devices: Path | None) -> World:
             os.environ["MLX_HOSTFILE"] = hostfile.name
             group = _init_fabric("ring")
     hosts = tuple(address.host for address in addresses)
-    return World(wire.rank, wire.size, fabric, control, group, hosts, Streams(), wire)
+    return _watched(wire.rank, fabric, control, group, hosts, Streams(), pulse, wire)
 
 
-def _join_under_mlx_launch(fabric: Fabric) -> World:
+def _join_under_mlx_launch(fabric: Fabric, pulse: Pulse) -> World:
     launched = "jaccl" if "MLX_IBV_DEVICES" in os.environ else "ring"
     if fabric not in (Fabric.auto, launched):
         raise ConfigError(
@@ -248,32 +280,49 @@ def _join_under_mlx_launch(fabric: Fabric) -> World:
     group = _init_fabric(launched)
     streams = Streams()
     wire = FabricWire(group, streams.send, streams.receive)
-    return _meet(group.rank(), group.size(), launched, wire, group, streams)
+    return _meet(group.rank(), launched, wire, group, streams, pulse)
 
 
 def _meet(
     rank: int,
-    size: int,
     fabric: str,
     wire: Wire,
     group: mx.distributed.Group,
     streams: Streams,
+    pulse: Pulse,
 ) -> World:
-    control = Control(wire, rank)
+    control = Control(wire, rank, pulse)
     met = control.all_gather(Address(socket.gethostname()), MEETING_S)
     hosts = tuple(expect(message, Address).host for message in met)
     mpi_wire = wire if isinstance(wire, MpiWire) else None
-    return World(rank, size, fabric, control, group, hosts, streams, mpi_wire)
+    return _watched(rank, fabric, control, group, hosts, streams, pulse, mpi_wire)
+
+
+def _watched(
+    rank: int,
+    fabric: str,
+    control: Control,
+    group: mx.distributed.Group,
+    hosts: tuple[str, ...],
+    streams: Streams,
+    pulse: Pulse,
+    wire: MpiWire | None,
+) -> World:
+    ending = Ending(wire)
+    # Beats have a communicator of their own.
+    watch = Watch(rank, hosts, pulse, ending, MpiWire(mpi_is_up=True) if wire else None)
+    return World(
+        rank, len(hosts), fabric, control, group, hosts, streams, pulse, ending, watch, wire
+    )
 
 
 def _init_fabric(backend: str) -> mx.distributed.Group:
     try:
-        group = mx.distributed.init(strict=True, backend=backend)
+        with bounded(f"the {backend} fabric has not come up", JOIN_S):
+            group = mx.distributed.init(strict=True, backend=backend)
     except RuntimeError as error:
         raise WorldError(f"the {backend} fabric does not come up: {error}") from None
-    # Kept for ever: MLX finalizes MPI when its group dies, and World has done so by then.
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
-    return group
+    return kept(group)
 
 
 def _exchange_addresses(control: Control, rank: int) -> list[Address]:

@@ -26,7 +26,8 @@ _NOT_FOR_IT = "MLX_DIST_TERMINAL_WIDTH"
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What is to be started: `mlx-dist serve ARGUMENTS` with these variables, over `hosts`."""
+    """What is to be started: `mlx-dist serve --supervise ARGUMENTS`, with these variables, over
+    `hosts`."""
 
     hosts: Sequence[str]
     arguments: Sequence[str]
@@ -94,7 +95,7 @@ def _start(
     state.write(record)
     variables = {name: value for name, value in os.environ.items() if name != _NOT_FOR_IT}
     # On the command line, too, for where a process's variables cannot be seen.
-    command = [python(), "-X", f"{jobs.OPTION}={job}", "-m", "mlx_dist", "serve"]
+    command = [python(), "-X", f"{jobs.OPTION}={job}", "-m", "mlx_dist", "serve", "--supervise"]
     with state.log.open("ab") as log:
         process = subprocess.Popen(
             [*command, *order.arguments],

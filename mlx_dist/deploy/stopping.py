@@ -7,30 +7,17 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 
 import msgspec
 
-from mlx_dist.cluster import jobs
-from mlx_dist.cluster.remote import call_on_all
 from mlx_dist.cluster.state import ServerRecord, StateFolder
+from mlx_dist.cluster.sweeping import sweep
 
 Say = Callable[[str], None]
 
 _LOOK_EVERY_S = 0.1
 # What mpirun needs to end its ranks, and the system to end what is killed.
 _TERMINATES_S = 5.0
-# Ranks end a moment after mpirun; then they are killed.
-_GRACE_S = 3.0
-_SWEEPS_S = 15.0
-
-
-@dataclass(frozen=True, slots=True)
-class Sweep:
-    """What was found of a job after its end: the number killed, and faults, by host."""
-
-    killed: dict[str, int]
-    faults: dict[str, str]
 
 
 def run_down(state: StateFolder, timeout_s: float, say: Say) -> bool:
@@ -59,7 +46,7 @@ def clean_up(state: StateFolder, record: ServerRecord, say: Say) -> list[str]:
 
     These are remembered for the next time.
     """
-    found = sweep(record)
+    found = sweep(record.job, record.hosts)
     for host, number in found.killed.items():
         say(f"{host}: killed {number} process{'es' if number > 1 else ''} that had stayed")
     for host, fault in found.faults.items():
@@ -69,21 +56,6 @@ def clean_up(state: StateFolder, record: ServerRecord, say: Say) -> list[str]:
     else:
         state.forget()
     return list(found.faults)
-
-
-def sweep(record: ServerRecord) -> Sweep:
-    """End every process of the server's job on each of its hosts, after a moment's grace."""
-    arguments = {host: {"job": record.job, "grace_s": _GRACE_S} for host in record.hosts}
-    killed, faults = {}, {}
-    for host, answer in call_on_all(jobs, "end", arguments, _SWEEPS_S).items():
-        said = answer.json()
-        if answer.code != 0 or not isinstance(said, dict):
-            faults[host] = answer.fault() or "its Python printed something else"
-        elif said["left"]:
-            faults[host] = f"{len(said['left'])} processes cannot be killed: {said['left'][0]}"
-        if answer.code == 0 and isinstance(said, dict) and said["killed"]:
-            killed[host] = len(said["killed"])
-    return Sweep(killed, faults)
 
 
 def _end(record: ServerRecord, state: StateFolder, timeout_s: float, say: Say) -> None:

@@ -26,7 +26,7 @@ def run_doctor(
     config: RunConfig, blas: str, address: str, port: int, is_quick: bool, as_json: bool
 ) -> bool:
     """The program of every rank; whether nothing failed, on every rank."""
-    with join(config.fabric, config.jaccl_devices) as world:
+    with join(config.fabric, config.jaccl_devices, config.heartbeat_timeout_s) as world:
         subject = Subject(world, config, blas, address, port, is_quick)
         findings = []
         for finding in chain(wires.check(subject), hosts.check(subject), fit.check(subject)):

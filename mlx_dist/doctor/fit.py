@@ -10,7 +10,7 @@ from pathlib import Path
 from mlx_dist import display
 from mlx_dist.cluster.world import World
 from mlx_dist.display import Level
-from mlx_dist.doctor import prompts
+from mlx_dist.doctor import prompts, wires
 from mlx_dist.doctor.findings import (
     Answer,
     Facts,
@@ -41,6 +41,7 @@ def check(subject: Subject) -> Iterator[Finding]:
     world = subject.world
     with ExitStack() as stack:
         fed: list[str] = []
+        chosen: list[str] = []
         try:
             files = stack.enter_context(found_model(world, subject.config, fed.append))
             tokenizer = _tokenizer(subject, files)
@@ -52,12 +53,15 @@ def check(subject: Subject) -> Iterator[Finding]:
         copies = _copies(subject, files)
         yield copies
         try:
-            layout = lay_out(world, subject.config, files)
+            layout = lay_out(world, subject.config, files, chosen.append)
         except AgreedError as error:
             yield Finding(Level.fail, "memory", str(error))
             yield from _not_looked_at(*prompts.NAMES)
             return
-        yield _memory(world, layout)
+        yield _memory(world, layout, chosen)
+        if len(layout.ranks) > len(layout.stages):
+            dtype = None if layout.costs is None else layout.costs.dtype
+            yield wires.sums(world, layout.stages, dtype)
         if copies.level is Level.fail:
             yield from _not_looked_at(*prompts.NAMES)
             return
@@ -145,18 +149,22 @@ def _check_blob(path: Path, digest: str) -> None:
         raise ModelError(f"{path} is not what the hub has; remove {blob} and download it again")
 
 
-def _memory(world: World, layout: Layout) -> Finding:
-    """How much of its memory each rank needs; told by the leader, who knows the costs."""
+def _memory(world: World, layout: Layout, chosen: list[str]) -> Finding:
+    """How much of its memory each rank needs; told by the leader, who knows the costs.
+
+    And what the leader has `chosen`, where it was to choose.
+    """
     name = "memory"
-    if layout.costs is None:
+    if layout.counted is None:
         return Finding(Level.ok, name, "")
-    details, fullest = [], 0.0
+    details, fullest = [*chosen], 0.0
     for share in layout.shares:
-        weights_bytes = layout.costs.weights_bytes(share.start, share.end)
+        weights_bytes = layout.counted.of(share.slice).weights_bytes(share.start, share.end)
+        part = f", {share.slice.spelled} of each" if share.slice.size > 1 else ""
         usable_bytes = layout.machines[share.machine].usable_bytes
         fullest = max(fullest, weights_bytes / usable_bytes)
         details.append(
-            f"{place(world, share.machine)}  layers [{share.start}, {share.end})  "
+            f"{place(world, share.machine)}  layers [{share.start}, {share.end}){part}  "
             f"{weights_bytes / 1e9:.3f} GB of weights in {usable_bytes / 1e9:.1f} GB"
         )
     found = f"the weights take at most {fullest:.0%} of what a rank may use"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -14,6 +14,7 @@ from msgspec.structs import asdict
 from numpy.typing import NDArray
 
 from mlx_dist.cluster import links, mpi
+from mlx_dist.cluster.collective import TensorGroup
 from mlx_dist.cluster.control import deadline
 from mlx_dist.cluster.costs import Link
 from mlx_dist.cluster.links import LinkMatrix
@@ -125,6 +126,45 @@ def _links(world: World) -> Finding:
 
 def _measured(matrix: LinkMatrix, pairs: list[tuple[int, int]]) -> list[Link]:
     return [link for a, b in pairs if (link := matrix.fabric[a][b]) is not None]
+
+
+def sums(world: World, stages: Sequence[Sequence[int]], dtype: str | None) -> Finding:
+    """Whether tensor groups add up right, and how long that takes.
+
+    `dtype` is the leader's, of what they will add; others may give None.
+    """
+    name = "tensor group"
+    group = world.tensor_group(stages)
+    wrong = ""
+    if group is not None:
+        with deadline(_EXCHANGE_S):
+            own = next(ranks for ranks in stages if world.rank in ranks)
+            wrong = _wrong_sum(group, own, world.rank)
+    answers = ask(world, lambda: {"wrong": wrong})
+    size = max(map(len, stages))
+    if told := [
+        f"{a.facts['wrong']} on {place(world, a.rank)}" for a in answers if a.facts["wrong"]
+    ]:
+        remedy = "try another --fabric, or --parallel pipeline"
+        return Finding(Level.fail, name, "; ".join(told), remedy)
+    seconds = links.measure_sums(world, [size], dtype)[size]
+    small, large = min(seconds), max(seconds)
+    found = (
+        f"{len(stages)} of {size} ranks add up right; a sum of {small >> 10} KiB takes "
+        f"{seconds[small] * 1e6:,.0f} us, one of {large >> 20} MiB {seconds[large] * 1e3:.1f} ms"
+    )
+    return Finding(Level.ok, name, found, data={"sum_s": seconds})
+
+
+def _wrong_sum(group: TensorGroup, ranks: Sequence[int], own: int) -> str:
+    """What is wrong with a sum and a gather of what every rank knows; nothing if all is right."""
+    parts = [_pattern(rank).astype(np.float32) for rank in ranks]
+    total = group.sum(mx.array(parts[ranks.index(own)]))
+    # Of whole numbers so small that they do not round.
+    if not np.array_equal(np.array(total), sum(parts)):
+        return "a sum comes out wrong"
+    gathered = np.array(group.gather(mx.array([own])))
+    return "" if gathered.tolist() == list(ranks) else "what ranks gather comes out wrong"
 
 
 def _link_words(world: World, matrix: LinkMatrix, a: int, b: int) -> str:

@@ -75,14 +75,18 @@ class Admission:
         QueueFullError for one that may come again later.
         """
         assert request.prompt and request.max_tokens > 0
-        if self.is_draining:
-            raise NotReadyError("the server is ending and takes no more requests")
         if not self._ledger.fits([[request.most_tokens]], None):
             raise PromptTooLongError(
                 f"the prompt's {len(request.prompt)} tokens with {request.max_tokens} of answer "
                 f"do not fit the KV memory, which takes {self._ledger.most_tokens()}; shorten "
                 "it, ask for fewer tokens, or give --kv-memory-gb more"
             )
+        self.check_room(num_new)
+
+    def check_room(self, num_new: int) -> None:
+        """Raise NotReadyError or QueueFullError unless `num_new` more may wait now."""
+        if self.is_draining:
+            raise NotReadyError("the server is ending and takes no more requests")
         if len(self.waiting) + num_new > self._max_queue:
             raise QueueFullError(
                 f"{len(self.waiting)} requests are waiting already; try again later",

@@ -3,46 +3,63 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from msgspec.structs import replace as with_fields
 
-from mlx_dist.cluster import chips, hardware, memo, placement
-from mlx_dist.cluster.additions import Case, what_would_fit
+from mlx_dist.cluster import chips, hardware, links, memo
+from mlx_dist.cluster.case import Case
 from mlx_dist.cluster.costs import Link, Machine, ModelCosts, Workload
-from mlx_dist.cluster.placement import Placement, Share, fits
-from mlx_dist.cluster.prediction import Links
+from mlx_dist.cluster.placement import Placement, Share, Slice
+from mlx_dist.cluster.problems import Links
+from mlx_dist.cluster.sums import Curve
 from mlx_dist.cluster.world import World
 from mlx_dist.config import RunConfig, Split
-from mlx_dist.errors import ConfigError, PlacementError
+from mlx_dist.engine import ways
+from mlx_dist.errors import ConfigError
 from mlx_dist.messages import Identity, MachineReport, Placing, Speeds, expect
-from mlx_dist.model.costing import costs_of_config, costs_of_files
+from mlx_dist.model.counted import Counted
 from mlx_dist.model.files import ModelFiles
 
 # What the caches of one sequence must find room for, where the model takes as much.
 _LEAST_CONTEXT = 4096
-# What is tried when a model does not fit.
-_THINNER_BITS = (8, 6, 4, 3)
 # Between machines that nobody has measured: a wired network. What is alike decides little.
 _SOME_LINK = Link(latency_s=100e-6, bytes_per_s=1e9)
 _NO_LINK = Link(latency_s=0.0, bytes_per_s=float("inf"))
+
+Sums = Mapping[int, Curve]
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
     """Who holds what: `shares` in the order of the stages, and every rank's machine.
 
-    `costs` are the leader's. A rank without a share is a spare: it holds nothing.
+    `costs` are the leader's, and `counted` those of slices. A rank without a share is a spare: it
+    holds nothing.
     """
 
     shares: Placement
     machines: tuple[MachineReport, ...]
     costs: ModelCosts | None = None
+    counted: Counted | None = None
+
+    @property
+    def stages(self) -> tuple[tuple[int, ...], ...]:
+        """The ranks of each stage, in order: one, or those of a tensor group."""
+        firsts = [share for share in self.shares if share.slice.place == 0]
+        return tuple(
+            tuple(s.machine for s in self.shares if s.start == first.start) for first in firsts
+        )
 
     @property
     def pipe(self) -> tuple[int, ...]:
-        """The ranks that hold stages, in the order of the stages."""
+        """The first rank of each stage, which speaks for the others."""
+        return tuple(ranks[0] for ranks in self.stages)
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks that hold something, in the order of the stages."""
         return tuple(share.machine for share in self.shares)
 
     def share_of(self, rank: int) -> Share | None:
@@ -50,31 +67,73 @@ class Layout:
         return next((share for share in self.shares if share.machine == rank), None)
 
 
-def lay_out(world: World, config: RunConfig, files: ModelFiles) -> Layout:
-    """The layout, the same on every rank. Raises AgreedError, on every rank, if there is none."""
+def lay_out(
+    world: World,
+    config: RunConfig,
+    files: ModelFiles,
+    say: Callable[[str], None] = lambda _line: None,
+) -> Layout:
+    """The layout, the same on every rank. Raises AgreedError, on every rank, if there is none.
+
+    The leader says what it has chosen where it was to choose.
+    """
     # Ranks that differ in this would not measure together.
-    layers = config.layers
-    spelled = layers.value if isinstance(layers, Split) else ",".join(map(str, layers))
-    world.compare({"--layers": spelled})
+    world.compare(
+        {
+            "--layers": _spelled(config.layers),
+            "--parallel": str(config.parallel),
+            "--slices": _spelled(config.slices),
+        }
+    )
     machines = survey(world, config)
-    costs = None
+    counted, costs = None, None
+    sizes: tuple[int, ...] = ()
+    with world.agreement():
+        sizes = ways.sizes(config, world.size, world.fabric)
     with world.decision():
         if world.is_leader:
             is_fused = machines[world.rank].device == "gpu"
-            costs = costs_of(files, config, is_fused)
-    if layers is Split.auto and not _are_alike(machines):
+            counted = Counted(files, config.dtype, fused=is_fused)
+            costs = counted.of()
+    is_compared = len(sizes) > 1
+    by_speed = config.layers if sizes == (1,) else config.slices
+    if is_compared or (by_speed is Split.auto and not _are_alike(machines)):
         machines = measured(world, machines, costs)
+    hosts = world.hosts
+    matrix: Links = [[_NO_LINK if a == b else _SOME_LINK for b in hosts] for a in hosts]
+    sums: Sums = {}
+    if is_compared:
+        matrix = links.measure(world).for_placement()
+        sums = links.measure_sums(world, sizes, None if costs is None else costs.dtype)
     placing = Placing([])
     with world.decision():
-        if costs is not None:
+        if costs is not None and counted is not None:
             context_tokens = min(costs.context_tokens or _LEAST_CONTEXT, _LEAST_CONTEXT)
-            hosts = world.hosts
-            links = [[_NO_LINK if a == b else _SOME_LINK for b in hosts] for a in hosts]
-            case = case_of(world, config, costs, machines, links, Workload(context_tokens))
-            shares = shares_of(case, config, files)
-            placing = Placing([(share.machine, share.start, share.end) for share in shares])
+            workload = Workload(context_tokens)
+            case = case_of(world, config, counted, machines, matrix, workload, sums)
+            choice = ways.choose(case, config, sizes, files, ways.judged(config, workload))
+            placing = _as_message(choice.shares)
+            if choice.said:
+                say(choice.said)
     placing = expect(world.control.all_gather(placing)[world.leader_rank], Placing)
-    return Layout(tuple(Share(*share) for share in placing.shares), machines, costs)
+    return Layout(_as_placement(placing), machines, costs, counted)
+
+
+def _spelled(numbers: tuple[int, ...] | Split) -> str:
+    return numbers.value if isinstance(numbers, Split) else ",".join(map(str, numbers))
+
+
+def _as_message(shares: Placement) -> Placing:
+    return Placing(
+        [(s.machine, s.start, s.end, s.slice.place, list(s.slice.weights)) for s in shares]
+    )
+
+
+def _as_placement(placing: Placing) -> Placement:
+    return tuple(
+        Share(machine, start, end, Slice(place, tuple(weights)))
+        for machine, start, end, place, weights in placing.shares
+    )
 
 
 def survey(world: World, config: RunConfig) -> tuple[MachineReport, ...]:
@@ -130,12 +189,13 @@ def measured(
 def case_of(
     world: World,
     config: RunConfig,
-    costs: ModelCosts,
+    counted: Counted,
     machines: Sequence[MachineReport],
     links: Links,
     workload: Workload,
+    sums: Sums,
 ) -> Case:
-    """What is to be placed on the ranks of `world`.
+    """What is to be placed on the ranks of `world`. `sums` are as measured, for sizes of groups.
 
     Raises ConfigError where the fabric could not carry what may come out.
     """
@@ -145,6 +205,7 @@ def case_of(
             f"--leave-out over {world.fabric} could part neighbours among {world.size} ranks; "
             "use --fabric mpi, or do without --leave-out"
         )
+    costs = counted.of()
     return Case(
         costs,
         tuple(_as_placed(world, machine, costs) for machine in machines),
@@ -154,66 +215,9 @@ def case_of(
         leader=world.leader_rank,
         is_order_fixed=not config.leave_out or not world.is_direct,
         may_leave_out=config.leave_out,
+        costs_of=counted.of,
+        sums=sums,
     )
-
-
-def costs_of(
-    files: ModelFiles, config: RunConfig, fused: bool, bits: int | None = None
-) -> ModelCosts:
-    """The model's costs as it is or, with `bits`, as if it were quantized to these.
-
-    Raises ModelError if it does not load.
-    """
-    if bits is None and files.weights:
-        return costs_of_files(files, config.dtype, fused=fused)
-    return costs_of_config(
-        files.config, name=files.name, bits=bits, dtype=config.dtype, fused=fused
-    )
-
-
-def shares_of(case: Case, config: RunConfig, files: ModelFiles) -> Placement:
-    """The layers as they are asked for.
-
-    Raises PlacementError for more machines than layers and, with what would fit, for what does not.
-    """
-    level = levelled(case)
-    try:
-        return _shares_of(level, config)
-    except PlacementError:
-        if fits(level.problem()):
-            raise
-        remedies = what_would_fit(level, _thinner(case.costs, files, config))
-        return _shares_of(replace(level, remedies=remedies), config)
-
-
-def levelled(case: Case) -> Case:
-    """The case with machines of a kind as fast as the first of them: else noise would decide."""
-    first: dict[tuple[str, int], Speeds] = {}
-    for machine in case.machines:
-        first.setdefault((machine.chip, machine.memory_bytes), machine.speeds)
-    machines = (replace(m, speeds=first[m.chip, m.memory_bytes]) for m in case.machines)
-    return replace(case, machines=tuple(machines))
-
-
-def _shares_of(case: Case, config: RunConfig) -> Placement:
-    if config.layers is Split.auto:
-        if not case.may_leave_out:
-            placement.even_counts(case.costs.num_layers, len(case.machines))
-        return case.placement()
-    counts = None if config.layers is Split.even else config.layers
-    cuts = placement.cut(case.costs.num_layers, len(case.machines), counts)
-    shares = tuple(Share(number, start, end) for number, (start, end) in enumerate(cuts))
-    placement.check(case.problem(), shares)
-    return shares
-
-
-def _thinner(costs: ModelCosts, files: ModelFiles, config: RunConfig) -> dict[str, ModelCosts]:
-    """The model's costs in fewer bits, the most first, by what one would call that."""
-    return {
-        f"weights of {bits} bits": costs_of(files, config, fused=True, bits=bits)
-        for bits in _THINNER_BITS
-        if bits < (costs.bits or 16)
-    }
 
 
 def _as_placed(world: World, machine: MachineReport, costs: ModelCosts) -> Machine:

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mlx_dist.cluster.memory import peak_rss_bytes
+from mlx_dist.cluster.placement import WHOLE, Slice
 from mlx_dist.engine.kv import KvRoom
 from mlx_dist.engine.scheduler import Scheduler
 from mlx_dist.engine.sequence import Event, FinishReason, Request
@@ -55,8 +56,10 @@ class Rank:
         kv_room: KvRoom,
         weights_bytes: int,
         load_s: float,
+        slice_: Slice = WHOLE,
     ) -> None:
         self.stage = stage
+        self.slice = slice_
         self.transport = transport
         self.grammars = grammars
         self.kv_room = kv_room
@@ -85,19 +88,24 @@ class Rank:
             kv_budget_bytes=self.kv_room.budget_bytes,
             busy_s=self.busy_s,
             sent_bytes=self.transport.sent_bytes,
+            slice=(self.slice.place, list(self.slice.weights)),
         )
 
     def execute(self, plan: Plan) -> None:
         """Do this rank's part of `plan`."""
         slots = self.stage.slots
+        num_rows, num_tokens = plan.shape if isinstance(plan, Step) else (0, 0)
+        doing = f"{type(plan).__name__} of {num_rows} x {num_tokens} tokens"
+        self.transport.pulse.working(doing, num_rows * num_tokens)
         try:
             match plan:
                 case Step():
+                    slots.check(plan, self.stage.vocab_size)
                     self._step(plan)
                 case Open(microbatch, openings):
                     kept = [None if o.entry is None else (o.entry, o.num_cached) for o in openings]
                     slots.open(microbatch, [o.slot for o in openings], kept)
-                    if self.stage.is_last:
+                    if self.transport.answers:
                         self._samplers.open(openings)
                 case Merge(source, target):
                     slots.merge(source, target)
@@ -115,6 +123,7 @@ class Rank:
         except BaseException as error:
             error.add_note(f"while it ran {plan}"[:200])
             raise
+        self.transport.pulse.idle()
 
     def _step(self, step: Step) -> None:
         start, waited_s = time.perf_counter(), self.transport.waited_s
@@ -132,20 +141,20 @@ class Rank:
         logprobs: list[Logprobs | None] = []
         if not self.stage.is_last:
             mx.eval(output, states)
-        elif step.sample:
-            tokens, logprobs = self._sample(step, output)
+        elif not step.sample:
+            # Logits that nobody samples from are never computed.
+            self._observe(step)
             mx.eval(states)
         else:
-            # Logits that nobody samples from are never computed.
-            self._samplers.observe(step.rows)
+            tokens, logprobs = self._sample(step, output)
             mx.eval(states)
         step_s = time.perf_counter() - start - (self.transport.waited_s - waited_s)
         self.busy_s += step_s
         vitals = [*vitals, self._vitals(step_s)]
-        if self.stage.is_last:
-            self.transport.send_tokens(Tokens(step.microbatch, tokens, logprobs, vitals))
-        else:
+        if not self.stage.is_last:
             self.transport.send_hidden(output, vitals)
+        elif self.transport.answers:
+            self.transport.send_tokens(Tokens(step.microbatch, tokens, logprobs, vitals))
 
     def _forward(self, step: Step, hidden_BLD: mx.array | None) -> mx.array:
         """Hidden (B, L, D) or, from the last stage, logits (B, L, V). Nothing is computed yet."""
@@ -156,15 +165,24 @@ class Rank:
         self.recordings.append([np.array(array.astype(mx.float32)) for array in recorded])
         return output
 
+    def _observe(self, step: Step) -> None:
+        if self.transport.answers:
+            self._samplers.observe(step.rows)
+
     def _sample(self, step: Step, logits_BLV: mx.array) -> tuple[list[int], list[Logprobs | None]]:
         assert step.shape[1] == 1 or len(step.rows) == 1
-        self._samplers.observe(step.rows)
-        return self._samplers.sample(step.rows, logits_BLV[:, -1])
+        self._observe(step)
+        logits_BV = logits_BLV[:, -1]
+        if not self.transport.answers:
+            # The others of a group take part in the sums, and one samples.
+            mx.eval(logits_BV)
+            return [], []
+        return self._samplers.sample(step.rows, logits_BV)
 
     def _probe(self) -> None:
-        vitals = [] if self.stage.is_first else self.transport.receive_vitals()
-        vitals.append(self._vitals(0.0))
-        if self.stage.is_last:
+        before = self.transport.vitals_before(self.stage.is_first)
+        vitals = [*before, self._vitals(0.0), *self.transport.vitals_behind()]
+        if self.transport.answers:
             self.transport.send_tokens(Tokens(-1, [], [], vitals))
         else:
             self.transport.send_vitals(vitals)
@@ -195,7 +213,8 @@ class Leader:
     that calls `turn`. A leader `is_broken` that was left in the middle of a plan or an answer.
     """
 
-    # Idle ranks are asked for an account this often: a sign of life.
+    # Ranks are asked for an account this often when they are idle, as a sign of life, and where
+    # answers have none of every rank.
     PROBE_EVERY_S = 5.0
 
     def __init__(self, rank: Rank, scheduler: Scheduler) -> None:
@@ -210,6 +229,7 @@ class Leader:
         self._news = threading.Event()
         self._is_probing = False
         self._is_probed = False
+        self._probed_at = time.monotonic()
         self._deliver: dict[int, Callable[[Event], None]] = {}
 
     def submit(self, requests: list[Request], deliver: list[Callable[[Event], None]]) -> list[int]:
@@ -269,6 +289,8 @@ class Leader:
         if self.scheduler.num_in_flight or self._is_probing:
             with self._whole():
                 self._accept(self._transport.poll_tokens())
+        if self._is_account_due():
+            self._ask_all()
         with self._lock:
             plan = self.scheduler.next_plan()
             events = self.scheduler.take_events()
@@ -313,16 +335,24 @@ class Leader:
         if self._is_probed and self._news.wait(self.PROBE_EVERY_S):
             return
         if not self._news.is_set():
-            self._is_probed = self._is_probing = True
-            self.do(Probe())
+            self._is_probed = True
+            self._ask_all()
+
+    def _is_account_due(self) -> bool:
+        """Whether some ranks, of groups, have said nothing of themselves for long."""
+        is_due = time.monotonic() - self._probed_at > self.PROBE_EVERY_S
+        return is_due and max(self._transport.group_sizes) > 1 and not self._is_probing
+
+    def _ask_all(self) -> None:
+        self._is_probing = True
+        self._probed_at = time.monotonic()
+        self.do(Probe())
 
     def _accept(self, tokens: Tokens | None) -> None:
         if tokens is None:
             return
         self.answered_at = time.monotonic()
-        self.vitals = tokens.vitals
-        self.busy_s = self.busy_s or [0.0] * len(tokens.vitals)
-        self.busy_s = [a + v.step_s for a, v in zip(self.busy_s, tokens.vitals, strict=True)]
+        self._note(tokens.vitals)
         if tokens.microbatch < 0:
             self._is_probing = False
             return
@@ -330,6 +360,17 @@ class Leader:
             self.scheduler.accept(tokens)
             events = self.scheduler.take_events()
         self._tell(events)
+
+    def _note(self, vitals: list[Vitals]) -> None:
+        """Take down what ranks say of themselves: all, or the first of each group for the group."""
+        sizes = self._transport.group_sizes
+        if len(vitals) == sum(sizes):
+            self.vitals = vitals
+            steps_s = [v.step_s for v in vitals]
+        else:
+            steps_s = [v.step_s for v, n in zip(vitals, sizes, strict=True) for _ in range(n)]
+        self.busy_s = self.busy_s or [0.0] * len(steps_s)
+        self.busy_s = [a + b for a, b in zip(self.busy_s, steps_s, strict=True)]
 
     def _tell(self, events: list[Event]) -> None:
         for event in events:

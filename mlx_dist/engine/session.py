@@ -17,11 +17,13 @@ from importlib.metadata import version
 import mlx.core as mx
 
 import mlx_dist
-from mlx_dist.cluster.additions import Case
+from mlx_dist.cluster.case import Case
 from mlx_dist.cluster.costs import Workload
 from mlx_dist.cluster.launch import LOCAL_VARIABLES
 from mlx_dist.cluster.links import measure as measure_links
+from mlx_dist.cluster.links import measure_sums
 from mlx_dist.cluster.memory import available_bytes
+from mlx_dist.cluster.placement import WHOLE
 from mlx_dist.cluster.world import World, join
 from mlx_dist.config import RunConfig, Weights
 from mlx_dist.engine.admission import Reuse
@@ -72,19 +74,26 @@ class Session:
 
         Raises AgreedError, the same on every rank, if any rank cannot.
         """
+        progress = self._told(progress)
         share = self.layout.share_of(self.world.rank)
+        group = self.world.tensor_group(self.layout.stages)
         start = time.perf_counter()
         loaded = None
         if self.config.weights == Weights.leader:
             span = None if share is None else (share.start, share.end)
-            loaded = load_stages(self.world, self.files, span, self.config.dtype, progress, _say)
+            slice_ = WHOLE if share is None else share.slice
+            loaded = load_stages(
+                self.world, self.files, span, self.config.dtype, progress, _say, slice_
+            )
         if share is None:
             with self.world.agreement():
                 return Spare()
         with self.world.agreement():
             loaded = loaded or load_stage(
-                self.files, share.start, share.end, self.config.dtype, progress
+                self.files, share.start, share.end, self.config.dtype, progress, share.slice
             )
+            if loaded.slicing is not None and group is not None:
+                loaded.slicing.join(group)
             family = family_of(self.files.config)
             stage = Stage(
                 loaded.model,
@@ -106,12 +115,13 @@ class Session:
         )
         return Rank(
             stage=stage,
-            transport=Transport(self.world, self.layout.pipe),
+            transport=Transport(self.world, self.layout.stages),
             samplers=Samplers(stage.vocab_size, grammars.matcher),
             grammars=grammars,
             kv_room=kv_room,
             weights_bytes=loaded.weights_bytes,
             load_s=time.perf_counter() - start,
+            slice_=share.slice,
         )
 
     def leader(
@@ -130,12 +140,12 @@ class Session:
         if not slots.can_batch:
             batching = replace(batching, max_sequences=1)
         batching = replace(batching, pads=slots.can_pad)
-        num_stages = len(self.layout.pipe)
-        rooms = [KvRoom(r.kv_cost, r.kv_budget_bytes) for r in reports[:num_stages]]
+        holding = reports[: len(self.layout.ranks)]
+        rooms = [KvRoom(r.kv_cost, r.kv_budget_bytes) for r in holding]
         scheduler = Scheduler(
             batching,
             KvLedger(rooms, slack=batching.prefill_chunk),
-            num_stages=num_stages,
+            num_stages=len(self.layout.stages),
             max_queue=max_queue,
             reuse=Reuse(reuses and slots.can_batch, slots.trim_limit),
         )
@@ -148,17 +158,33 @@ class Session:
         """
         machines = measured(self.world, self.layout.machines, self.layout.costs, is_fresh)
         links = measure_links(self.world).for_placement()
-        if self.layout.costs is None:
+        costs, counted = self.layout.costs, self.layout.counted
+        sizes = {len(ranks) for ranks in self.layout.stages} - {1}
+        sums = measure_sums(self.world, sorted(sizes), None if costs is None else costs.dtype)
+        if counted is None:
             return None
-        return case_of(self.world, self.config, self.layout.costs, machines, links, workload)
+        return case_of(self.world, self.config, counted, machines, links, workload, sums)
 
     def reports(self, rank: Rank | Spare) -> list[Report]:
         """Every rank's account, on every rank: in the order of the stages, and then the spares'."""
         own = rank.report(self.world.rank, self.world.host)
         by_rank = [expect(message, Report) for message in self.world.control.all_gather(own)]
-        pipe = self.layout.pipe
-        spares = [report for report in by_rank if report.rank not in pipe]
-        return [*(by_rank[number] for number in pipe), *spares]
+        ranks = self.layout.ranks
+        spares = [report for report in by_rank if report.rank not in ranks]
+        return [*(by_rank[number] for number in ranks), *spares]
+
+    def _told(self, progress: Progress) -> Progress:
+        """`progress`, of which those who watch over this rank hear, too."""
+        pulse = self.world.pulse
+
+        def told(done_bytes: int, total_bytes: int) -> None:
+            if done_bytes < total_bytes:
+                pulse.loading(done_bytes)
+            else:
+                pulse.loaded()
+            progress(done_bytes, total_bytes)
+
+        return told
 
     def _kv_budget_bytes(self, weights_bytes: int) -> int:
         if self.config.kv_memory_gb is not None:
@@ -175,7 +201,7 @@ def open_session(config: RunConfig, blas: str) -> Iterator[Session]:
     Raises AgreedError, the same on every rank, if any rank cannot.
     """
     with (
-        join(config.fabric, config.jaccl_devices) as world,
+        join(config.fabric, config.jaccl_devices, config.heartbeat_timeout_s) as world,
         found_model(world, config, _say) as files,
     ):
         tokenizer = None
@@ -184,7 +210,8 @@ def open_session(config: RunConfig, blas: str) -> Iterator[Session]:
                 tokenizer = Tokenizer(files.folder, files.config, config.trust_remote_code)
         facts = _facts(config, world, files, blas)
         world.compare(facts)
-        yield Session(world, config, files, tokenizer, facts, lay_out(world, config, files))
+        layout = lay_out(world, config, files, _say)
+        yield Session(world, config, files, tokenizer, facts, layout)
 
 
 def _say(line: str) -> None:

@@ -19,7 +19,10 @@ from mlx_lm.tool_parsers import json_tools
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from mlx_dist.engine.allowance import bounded
+from mlx_dist.engine.patience import Patience
 from mlx_dist.engine.reader import Reader
+from mlx_dist.engine.template import check_in_use
 from mlx_dist.errors import ModelError, PromptTooLongError, RequestError
 from mlx_dist.model.blueprint import context_tokens
 from mlx_dist.model.tokenizer import load_tokenizer
@@ -56,7 +59,9 @@ class Tokenizer:
         self, folder: Path, config: dict[str, Any], trust_remote_code: bool = False
     ) -> None:
         """Raises ModelError if the files are missing or damaged."""
+        check_in_use()
         self._tokenizer = load_tokenizer(folder, config, trust_remote_code)
+        self._patience = Patience()
         self._max_id = max(self._tokenizer.get_vocab().values(), default=-1)
         self.context_tokens = context_tokens(config)
         self.stop_tokens = frozenset(self._tokenizer.eos_token_ids)
@@ -98,7 +103,8 @@ class Tokenizer:
     def encode_text(self, text: str) -> tuple[int, ...]:
         """`text` as it is. Raises RequestError if it is no text or none, PromptTooLongError."""
         _check_utf8("the prompt", text)
-        return self._checked(self._tokenizer.encode(text))
+        encode = self._tokenizer.encode
+        return self._checked(self._patience.do("the model's tokenizer", lambda: encode(text)))
 
     def encode_chat(
         self,
@@ -124,10 +130,14 @@ class Tokenizer:
         variables = dict(template_args or {}) | {"tools": list(tools) if tools else None}
         # This drops U+F0000 and U+F0001, with which transformers marks such text on its way.
         safely = {"sanitize_control_tokens": True} if self._has_jinja else {}
-        tokens = self._checked(
-            self._rendered(plain, variables, add_generation_prompt=True, **safely)
-        )
-        return ChatPrompt(tokens, self._borders(tokens, plain, variables))
+
+        def encode() -> ChatPrompt:
+            with bounded():
+                rendered = self._rendered(plain, variables, add_generation_prompt=True, **safely)
+                tokens = self._checked(rendered)
+                return ChatPrompt(tokens, self._borders(tokens, plain, variables))
+
+        return self._patience.do("the model's tokenizer", encode)
 
     def open_reasoning(self, prompt: tuple[int, ...]) -> tuple[int, ...]:
         """The tokens that end the reasoning which `prompt` has begun; none if it has not."""

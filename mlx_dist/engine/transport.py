@@ -1,4 +1,4 @@
-"""Plans, hidden states and tokens between the ranks of a pipeline.
+"""Plans, hidden states and tokens between the ranks of a pipeline, or of groups in one.
 
 Knows who is next and what a step's arrays look like; knows no model. Every array is announced by
 a `Hidden` message right ahead of it, so that a receiver can sleep until the array is on its way
@@ -10,12 +10,14 @@ from __future__ import annotations
 import os
 import time
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_dist.cluster.control import Waiter
+from mlx_dist.cluster.pulse import Pulse
 from mlx_dist.cluster.world import World
 from mlx_dist.errors import ProtocolError
 from mlx_dist.messages import Hidden, Plan, Probe, Shutdown, Tokens, Vitals, expect
@@ -24,30 +26,59 @@ from mlx_dist.messages import Hidden, Plan, Probe, Shutdown, Tokens, Vitals, exp
 class Transport:
     """One rank's ends of the pipe.
 
-    `pipe` are the ranks that hold stages, in the order of the stages, the leader first. It closes
-    to a circle: tokens go from the last rank to the leader.
+    `stages` are the ranks of each stage, the leader first: one, or those of a tensor group, of
+    which the first speaks for the others. The pipe closes to a circle: tokens go from the last
+    stage to the leader. `answers` says whether this rank sends them.
     """
 
-    def __init__(self, world: World, pipe: Sequence[int]) -> None:
-        place = pipe.index(world.rank)
-        self._is_last = place == len(pipe) - 1
-        self._previous = pipe[place - 1]
-        self._next = pipe[(place + 1) % len(pipe)]
+    def __init__(self, world: World, stages: Sequence[Sequence[int]]) -> None:
+        index = next(i for i, ranks in enumerate(stages) if world.rank in ranks)
+        own, self._place = stages[index], stages[index].index(world.rank)
+        firsts = [ranks[0] for ranks in stages]
+        is_last = index == len(stages) - 1
+        following = () if is_last else stages[index + 1]
+        self.answers = is_last and self._place == 0
+        self.group_sizes = [len(ranks) for ranks in stages]
+        self._leader, self._last = firsts[0], firsts[-1]
+        self._beside = own[self._place - 1] if self._place else None
+        self._behind = own[self._place + 1] if self._place + 1 < len(own) else None
+        if self._place == 0:
+            self._plan_source = firsts[index - 1]
+            # Where ranks cannot reach each other, plans go from one to the next.
+            members = own[1:] if world.talks_directly else own[1:2]
+            self._plan_targets = [*members, *following[:1]]
+        elif world.talks_directly:
+            self._plan_source, self._plan_targets = own[0], []
+        else:
+            self._plan_source = own[self._place - 1]
+            self._plan_targets = [*own[self._place + 1 : self._place + 2]]
+        before = stages[index - 1]
+        self._hidden_source = before[self._place % len(before)]
+        self._hidden_targets = [
+            rank for place, rank in enumerate(following) if place % len(own) == self._place
+        ]
+        # Answers that the leader gives itself, where the first stage is the last.
+        self._own_answers: deque[Tokens] = deque()
         self._world = world
         self._with_checksum = os.environ.get("MLX_DIST_DEBUG") == "1"
         self.waited_s = 0.0
         self.sent_bytes = 0
 
+    @property
+    def pulse(self) -> Pulse:
+        """Where this rank writes down what it is doing."""
+        return self._world.pulse
+
     def pass_plan(self, plan: Plan) -> None:
-        """Send `plan` down the pipe, ahead of the work it asks for."""
-        if not self._is_last:
-            self._world.control.send(plan, self._next)
+        """Send `plan` on, ahead of the work it asks for."""
+        for rank in self._plan_targets:
+            self._world.control.send(plan, rank)
 
     def plans(self) -> Iterator[Plan]:
         """What every rank but the leader must do next, `Shutdown` last; each is passed on first."""
         is_idle = False
         while True:
-            plan = self._world.control.receive(self._previous, is_idle)
+            plan = self._world.control.receive(self._plan_source, is_idle)
             # Ranks are probed when there is nothing else to do.
             is_idle = isinstance(plan, Probe)
             if not isinstance(plan, Plan):
@@ -58,27 +89,23 @@ class Transport:
                 return
 
     def send_hidden(self, hidden_BLD: mx.array, vitals: list[Vitals]) -> None:
-        """Send computed activations to the next rank; returns before they have arrived."""
+        """Send computed activations to the next stage; returns before they have arrived."""
         checksum = _checksum(hidden_BLD) if self._with_checksum else None
-        dtype = _dtype_name(hidden_BLD.dtype)
-        self._world.control.send(
-            Hidden(list(hidden_BLD.shape), dtype, checksum, vitals), self._next
-        )
-        sent = mx.distributed.send(
-            hidden_BLD,
-            self._next,
-            group=self._world.group,
-            stream=self._world.streams.send,
-        )
-        mx.async_eval(sent)  # type: ignore[no-untyped-call]
-        self.sent_bytes += hidden_BLD.nbytes
+        ahead = Hidden(list(hidden_BLD.shape), _dtype_name(hidden_BLD.dtype), checksum, vitals)
+        for rank in self._hidden_targets:
+            self._world.control.send(ahead, rank)
+            sent = mx.distributed.send(
+                hidden_BLD, rank, group=self._world.group, stream=self._world.streams.send
+            )
+            mx.async_eval(sent)  # type: ignore[no-untyped-call]
+            self.sent_bytes += hidden_BLD.nbytes
 
     def promise_hidden(self, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
-        """The activations that the previous rank will send, to build on before they come."""
+        """The activations that the stage before will send, to build on before they come."""
         return mx.distributed.recv(
             shape,
             dtype,
-            self._previous,
+            self._hidden_source,
             group=self._world.group,
             stream=self._world.streams.receive,
         )
@@ -89,7 +116,7 @@ class Transport:
         Raises ProtocolError unless what was announced and what came is what was promised.
         """
         start = time.perf_counter()
-        hidden = expect(self._world.control.receive(self._previous), Hidden)
+        hidden = expect(self._world.control.receive(self._hidden_source), Hidden)
         due = promised_BLD.shape, _dtype_name(promised_BLD.dtype)
         if (tuple(hidden.shape), hidden.dtype) != due:
             raise ProtocolError(
@@ -104,21 +131,34 @@ class Transport:
         return hidden.vitals
 
     def send_vitals(self, vitals: list[Vitals]) -> None:
-        """Pass on a probe's findings to the next rank."""
-        self._world.control.send(Hidden([], "", None, vitals), self._next)
+        """Pass on a probe's findings: within a group to the first rank, which does to the next."""
+        target = self._hidden_targets[0] if self._beside is None else self._beside
+        self._world.control.send(Hidden([], "", None, vitals), target)
 
-    def receive_vitals(self) -> list[Vitals]:
-        """What a probe has found on the ranks before."""
-        return expect(self._world.control.receive(self._previous), Hidden).vitals
+    def vitals_before(self, is_first: bool) -> list[Vitals]:
+        """What a probe has found in the stages before, on the first rank of a group."""
+        return [] if is_first or self._place else self._receive_vitals(self._hidden_source)
+
+    def vitals_behind(self) -> list[Vitals]:
+        """What a probe has found on the ranks of the group that come after this one."""
+        return [] if self._behind is None else self._receive_vitals(self._behind)
+
+    def _receive_vitals(self, source: int) -> list[Vitals]:
+        return expect(self._world.control.receive(source), Hidden).vitals
 
     def send_tokens(self, tokens: Tokens) -> None:
         """Answer the leader, from the last stage."""
-        self._world.control.send(tokens, self._next)
+        if self._world.rank == self._leader:
+            self._own_answers.append(tokens)
+        else:
+            self._world.control.send(tokens, self._leader)
 
     def poll_tokens(self) -> Tokens | None:
         """The last stage's next answer, on the leader, if it has come and one can look."""
+        if self._last == self._leader:
+            return self._own_answers.popleft() if self._own_answers else None
         control = self._world.control
-        answer = control.poll(self._previous) if control.can_poll else None
+        answer = control.poll(self._last) if control.can_poll else None
         return None if answer is None else expect(answer, Tokens)
 
     def receive_tokens(self, is_called: Callable[[], bool] = lambda: False) -> Tokens | None:
@@ -126,13 +166,16 @@ class Transport:
 
         Where one cannot look for an answer, this waits for it whatever calls.
         """
-        if not self._world.control.can_poll:
-            return expect(self._world.control.receive(self._previous), Tokens)
-        for _ in Waiter():
-            if (tokens := self.poll_tokens()) is not None:
-                return tokens
-            if is_called():
-                return None
+        if self._last == self._leader:
+            return self._own_answers.popleft()
+        with self.pulse.waiting():
+            if not self._world.control.can_poll:
+                return expect(self._world.control.receive(self._last), Tokens)
+            for _ in Waiter():
+                if (tokens := self.poll_tokens()) is not None:
+                    return tokens
+                if is_called():
+                    return None
         raise AssertionError("a waiter never ends")
 
 

@@ -35,6 +35,7 @@ from mlx_dist.messages.plans import (
 )
 from mlx_dist.messages.reports import (
     Address,
+    Beat,
     Holding,
     Identity,
     Interface,
@@ -49,13 +50,17 @@ from mlx_dist.messages.reports import (
     Recording,
     Report,
     Speeds,
+    State,
+    SumReport,
     Tensor,
+    Want,
     Wanted,
 )
 
 __all__ = [
     "Address",
     "AnyMessage",
+    "Beat",
     "Close",
     "Drop",
     "HEADER_BYTES",
@@ -87,11 +92,14 @@ __all__ = [
     "Sampling",
     "Shutdown",
     "Speeds",
+    "State",
     "Step",
+    "SumReport",
     "Tensor",
     "Tokens",
     "Vitals",
     "WIRE_VERSION",
+    "Want",
     "Wanted",
     "decode",
     "encode",
@@ -99,7 +107,7 @@ __all__ = [
 ]
 
 MAGIC = b"MXDW"
-WIRE_VERSION = 3
+WIRE_VERSION = 4
 _HEADER = struct.Struct("<4sIIII")
 HEADER_BYTES = _HEADER.size
 
@@ -118,9 +126,11 @@ AnyMessage = (
     | Address
     | Ping
     | LinkReport
+    | SumReport
     | Outcome
     | Identity
     | Recording
+    | Beat
 )
 M = TypeVar("M", bound=Message)
 
@@ -158,8 +168,11 @@ def decode(frame: bytes, sequence: int) -> AnyMessage:
         raise ProtocolError(f"frame {sequence} of {length} bytes arrived damaged")
     try:
         message: AnyMessage = _decoder.decode(payload)
-    except msgspec.DecodeError as error:
-        raise ProtocolError(f"frame {sequence} holds no known message: {error}") from None
+    # Of text that is no UTF-8, and of too deep a payload, msgspec says something else.
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        # What it quotes of the payload may be long, and no text to print.
+        reason = str(error).encode("unicode_escape").decode()[:200]
+        raise ProtocolError(f"frame {sequence} holds no known message: {reason}") from None
     return message
 
 

@@ -79,7 +79,7 @@ class Step(Message, frozen=True):
     @property
     def shape(self) -> tuple[int, int]:
         """(B, L): sequences, and tokens of the longest; shorter ones are padded on the right."""
-        return len(self.rows), max(len(row.tokens) for row in self.rows)
+        return len(self.rows), max((len(row.tokens) for row in self.rows), default=0)
 
 
 class Merge(Message, frozen=True):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
+
 from msgspec import Struct
 
 from mlx_dist.messages.plans import Message
@@ -25,7 +27,10 @@ class KvCost(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
 
 
 class Report(Message, frozen=True):
-    """What one rank says of itself: after loading or after a run."""
+    """What one rank says of itself: after loading or after a run.
+
+    Of its layers it holds slice number `slice[0]`, of as many as `slice[1]` has sizes of.
+    """
 
     rank: int
     host: str
@@ -37,6 +42,7 @@ class Report(Message, frozen=True):
     kv_budget_bytes: int = 0
     busy_s: float = 0.0
     sent_bytes: int = 0
+    slice: tuple[int, list[int]] = (0, [1])
 
 
 class Speeds(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -93,9 +99,12 @@ class MachineReport(Message, frozen=True):
 
 
 class Placing(Message, frozen=True):
-    """The leader's decision who holds which layers: rank, start, end of each stage, in order."""
+    """The leader's decision who holds which layers, in order.
 
-    shares: list[tuple[int, int, int]]
+    Of each share: rank, start, end, and the place and the weights of its slice.
+    """
+
+    shares: list[tuple[int, int, int, int, list[int]]]
 
 
 class Holding(Message, frozen=True):
@@ -127,13 +136,23 @@ class Part(Message, frozen=True):
         return f"Part({len(self.data)} bytes)"
 
 
-class Wanted(Message, frozen=True):
-    """The tensors that a rank must be sent, in the order in which it takes them.
+class Want(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A tensor that a rank must be sent, or parts of it.
 
-    By their places in the sorted list of the names of all tensors in the model's files.
+    `place` is among the sorted names of all tensors in the model's files. Parts are ranges
+    [start, end) of `num_parts` along `axis`; without ranges it is the whole tensor.
     """
 
-    tensors: list[int]
+    place: int
+    axis: int = 0
+    ranges: list[tuple[int, int]] = []
+    num_parts: int = 1
+
+
+class Wanted(Message, frozen=True):
+    """The tensors that a rank must be sent, in the order in which it takes them."""
+
+    tensors: list[Want]
 
 
 class Tensor(Message, frozen=True):
@@ -174,6 +193,12 @@ class LinkReport(Message, frozen=True):
     interfaces: list[Interface]
 
 
+class SumReport(Message, frozen=True):
+    """What sums over its tensor group take on one rank: seconds by bytes."""
+
+    seconds: dict[int, float]
+
+
 class Outcome(Message, frozen=True):
     """How one rank fared in something that all ranks do together."""
 
@@ -194,3 +219,29 @@ class Recording(Message, frozen=True):
     """
 
     steps: list[list[bytes]]
+
+
+class State(StrEnum):
+    """What a rank's main thread is doing."""
+
+    starting = "starting"
+    loading = "loading"
+    idle = "idle"
+    computing = "computing"
+    waiting = "waiting"
+    leaving = "leaving"
+
+
+class Beat(Message, frozen=True):
+    """A rank's sign of life, on a communicator of its own.
+
+    `count` changes with every step of progress: a plan that begins, a wait that ends, bytes that
+    are read. It has been in `state` for `for_s` and may be for `patience_s`, if it is computing,
+    loading or waiting.
+    """
+
+    state: State
+    count: int = 0
+    for_s: float = 0.0
+    patience_s: float = 0.0
+    doing: str = ""

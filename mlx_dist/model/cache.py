@@ -22,7 +22,7 @@ from mlx_lm.models.cache import (
 )
 
 from mlx_dist.errors import ProtocolError
-from mlx_dist.messages import KvCost
+from mlx_dist.messages import KvCost, Step
 from mlx_dist.model.families import Anatomy
 
 
@@ -121,6 +121,7 @@ class SlotCaches:
         Raises ProtocolError if the microbatch or a slot is in use, an entry is not there or has
         no such part, or the slots cannot share a microbatch.
         """
+        self._check(len(slots) > 0, f"microbatch {microbatch} was opened without sequences")
         self._check(len(slots) == 1 or self.can_batch, f"slots {slots} cannot share a microbatch")
         self._check(microbatch not in self._microbatches, f"microbatch {microbatch} opened twice")
         used = {slot for m in self._microbatches.values() for slot in m.slots}
@@ -205,6 +206,26 @@ class SlotCaches:
         m = self._get(microbatch)
         self._check(m.slots == list(slots), f"microbatch {microbatch} has {m.slots}, not {slots}")
         return m.caches
+
+    def check(self, step: Step, vocab_size: int) -> None:
+        """Raise ProtocolError unless `step` goes on where its microbatch's sequences are.
+
+        And unless its tokens are some of `vocab_size`: MLX looks up any number, in whatever
+        memory it points to.
+        """
+        m = self._get(step.microbatch)
+        self.of(step.microbatch, [row.slot for row in step.rows])
+        for row, length in zip(step.rows, m.lengths, strict=True):
+            self._check(
+                row.position == length,
+                f"slot {row.slot} has {length} tokens and a step goes on after {row.position}",
+            )
+            self._check(len(row.tokens) > 0, f"a step has no tokens for slot {row.slot}")
+            is_known = min(row.tokens) >= 0 and max(row.tokens) < vocab_size
+            self._check(is_known, f"a step has tokens for slot {row.slot} that no model has")
+        num_rows, num_tokens = step.shape
+        is_sampled = not step.sample or num_rows == 1 or num_tokens == 1
+        self._check(is_sampled, f"a step samples after {num_tokens} tokens of {num_rows} rows")
 
     def pad(self, microbatch: int, lengths: Sequence[int]) -> None:
         """Expect rows of these lengths, padded on the right to the longest; see `advance`.

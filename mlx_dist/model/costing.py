@@ -14,15 +14,18 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from mlx_dist.cluster.costs import LayerCost, ModelCosts, OutsideCost, Products
+from mlx_dist.cluster.placement import WHOLE, Slice
 from mlx_dist.config import Dtype
 from mlx_dist.model import blueprint, dry_run
-from mlx_dist.model.dry_run import LayerRun
+from mlx_dist.model.cutting import parameters_of, slicing_of
+from mlx_dist.model.dry_run import LayerRun, QuietGroup
 from mlx_dist.model.families import Anatomy
 from mlx_dist.model.files import ModelFiles
+from mlx_dist.model.tensor import Slicing
 from mlx_dist.model.weights import build
 
 # The number of experts that a token meets.
@@ -50,35 +53,52 @@ def costs_of_config(
     group_size: int = 64,
     dtype: Dtype = Dtype.auto,
     fused: bool = True,
+    slice_: Slice = WHOLE,
 ) -> ModelCosts:
-    """The costs of the model that a config.json describes, whatever its size.
+    """The costs of the model that a config.json describes, whatever its size, or of a slice.
 
     Quantized to `bits`, if given, in groups of `group_size`, as `mlx_lm.convert` does it; else as
     the config says. What is not quantized is of `dtype` or, for `auto`, of the config's. With
     `fused`, norms, rotations and attention are one operation each, as GPUs launch them, else as
-    many as on this device. Raises FamilyError for a family that is not proven, and ModelError if
-    the config makes no model.
+    many as on this device. Raises FamilyError for a family that is not proven, or that nobody knows
+    how to slice, and ModelError if the config makes no model.
     """
     model, anatomy = blueprint.build(
         config, name=name, bits=bits, group_size=group_size, dtype=dtype
     )
-    return _costs(name, config, model, anatomy, fused)
+    return _costs(name, config, model, anatomy, fused, slice_)
 
 
-def costs_of_files(files: ModelFiles, dtype: Dtype, *, fused: bool = True) -> ModelCosts:
+def costs_of_files(
+    files: ModelFiles, dtype: Dtype, *, fused: bool = True, slice_: Slice = WHOLE
+) -> ModelCosts:
     """The costs of a model by its files' headers; of a model on the hub, nothing is fetched.
 
     Bytes are those that a stage has once it is loaded. `fused` is as for `costs_of_config`.
-    Raises ModelError as `load_stage` does.
+    Raises ModelError as `load_stage` does, and FamilyError where nobody knows how to slice it.
     """
     model, anatomy = build(files, dtype)
-    return _costs(files.name, files.config, model, anatomy, fused)
+    return _costs(files.name, files.config, model, anatomy, fused, slice_)
 
 
 def _costs(
-    name: str, config: dict[str, Any], model: nn.Module, anatomy: Anatomy, fused: bool
+    name: str,
+    config: dict[str, Any],
+    model: nn.Module,
+    anatomy: Anatomy,
+    fused: bool,
+    slice_: Slice,
 ) -> ModelCosts:
-    runs = dry_run.run(model, anatomy, fused=fused)
+    group, dropped, slicing = QuietGroup(slice_.size), set[str](), None
+    if slice_.size > 1:
+        slicing = slicing_of(name, model, anatomy, slice_)
+        _narrow(model, slicing)
+        dropped = slicing.dropped
+    # By the names that parameters have before the model joins a group.
+    outside, head = _outside(model, anatomy, dropped), _head(model, anatomy)
+    if slicing is not None:
+        slicing.join(group)
+    runs = dry_run.run(model, anatomy, fused=fused, group=group)
     num_chosen = _num_chosen(config, model)
     hidden = anatomy.hidden_dtypes[-1]
     layers = [
@@ -89,12 +109,24 @@ def _costs(
         name=name,
         dtype=str(hidden).removeprefix("mlx.core."),
         layers=tuple(layers),
-        outside=_outside(model, anatomy),
-        head=_head(model, anatomy),
+        outside=outside,
+        head=head,
         hidden_bytes=math.prod(anatomy.hidden_tail) * hidden.size,
         vocab_size=anatomy.vocab_size,
         context_tokens=blueprint.context_tokens(config),
+        entry_sums=tuple(group.sums),
+        logits_bytes=sum(group.gathers),
     )
+
+
+def _narrow(model: nn.Module, slicing: Slicing) -> None:
+    """Leave of the parameters' shapes what the slicing does."""
+    whole = parameters_of(model)
+    narrow = [
+        (name, mx.broadcast_to(mx.array(0, whole[name].dtype), cut.shape(whole[name].shape)))
+        for name, cut in slicing.cuts.items()
+    ]
+    model.update(tree_unflatten(narrow))
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +198,7 @@ def _layer_cost(
         expert=_products(experts, num_experts),
         num_experts=num_experts,
         experts_per_token=num_chosen,
+        sums=run.sums,
     )
 
 
@@ -223,10 +256,10 @@ def _num_chosen(config: dict[str, Any], model: nn.Module) -> list[int]:
     return chosen if isinstance(chosen, list) else [chosen]
 
 
-def _outside(model: nn.Module, anatomy: Anatomy) -> tuple[OutsideCost, ...]:
+def _outside(model: nn.Module, anatomy: Anatomy, dropped: set[str]) -> tuple[OutsideCost, ...]:
     num_bytes: dict[frozenset[int], int] = defaultdict(int)
-    for name, array in dict(tree_flatten(model.parameters())).items():
-        if name in anatomy.users:
+    for name, array in parameters_of(model).items():
+        if name in anatomy.users and name not in dropped:
             num_bytes[anatomy.users[name]] += array.nbytes
     return tuple(OutsideCost(total, users) for users, total in num_bytes.items())
 

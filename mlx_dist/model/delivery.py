@@ -11,7 +11,7 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import cast
 
@@ -19,9 +19,11 @@ import mlx.core as mx
 
 from mlx_dist.cluster.world import World
 from mlx_dist.errors import ModelError, ProtocolError
-from mlx_dist.messages import Tensor, expect
+from mlx_dist.messages import Tensor, Want, expect
+from mlx_dist.model.cutting import PartOf, RawTensors, parts_of_files
 from mlx_dist.model.files import ModelFiles, WeightFile
-from mlx_dist.model.weights import OpenStage, RawTensors
+from mlx_dist.model.slicing import Cut
+from mlx_dist.model.weights import OpenStage
 
 # MLX's shapes are 32-bit numbers, and so are MPI's counts.
 _MOST_PIECE_BYTES = 1 << 30
@@ -34,13 +36,32 @@ Needs = Mapping[str, Sequence[str]]
 
 @dataclass(frozen=True, slots=True)
 class RawTensor:
-    """A tensor in a file, as its header says; `place` is among the sorted names of all."""
+    """A tensor in a file, as its header says, or what `cut` leaves of it.
+
+    `place` is among the sorted names of all.
+    """
 
     place: int
     name: str
     file: WeightFile
     shape: tuple[int, ...]
     num_bytes: int
+    cut: Cut | None = None
+
+    def part(self, cut: Cut | None) -> RawTensor:
+        """What `cut` leaves of this whole tensor."""
+        if cut is None:
+            return self
+        shape = cut.shape(self.shape)
+        num_bytes = self.num_bytes // self.shape[cut.axis] * shape[cut.axis]
+        return replace(self, shape=shape, num_bytes=num_bytes, cut=cut)
+
+    @property
+    def want(self) -> Want:
+        """This, in an order to the leader."""
+        if self.cut is None:
+            return Want(self.place)
+        return Want(self.place, self.cut.axis, list(self.cut.ranges), self.cut.num_parts)
 
     def pieces(self) -> list[tuple[int, int, int]]:
         """(first row, end, bytes) of what is sent at once; a row is an entry of the first axis."""
@@ -84,17 +105,13 @@ class Shelf:
     def __init__(self, files: ModelFiles) -> None:
         self._model = files.name
         self._paths = {file.name: file.path for file in files.weights}
+        self._part = parts_of_files(files)
         self._lazy: dict[str, RawTensors] = {}
 
     def take(self, tensor: RawTensor) -> list[mx.array]:
         """The pieces of `tensor` as bytes. Raises ModelError if it cannot be read."""
-        file = tensor.file.name
-        lazy = self._lazy.get(file, {})
         try:
-            if tensor.name not in lazy:
-                # Once more for a tensor that goes to two ranks.
-                lazy = self._lazy[file] = cast(RawTensors, mx.load(str(self._paths[file])))
-            raw = lazy.pop(tensor.name)
+            raw = self._whole(tensor) if tensor.cut is None else self._part(tensor.name, tensor.cut)
             rows = [raw[start:end] if raw.ndim else raw for start, end, _ in tensor.pieces()]
             pieces = [row.reshape(-1).view(mx.uint8) for row in rows]
             mx.eval(pieces)
@@ -103,6 +120,14 @@ class Shelf:
                 f"{self._model}: tensor {tensor.name} cannot be read: {error}"
             ) from None
         return pieces
+
+    def _whole(self, tensor: RawTensor) -> mx.array:
+        file = tensor.file.name
+        lazy = self._lazy.get(file, {})
+        if tensor.name not in lazy:
+            # Once more for a tensor that goes to two ranks.
+            lazy = self._lazy[file] = cast(RawTensors, mx.load(str(self._paths[file])))
+        return lazy.pop(tensor.name)
 
 
 class Outbox:
@@ -158,31 +183,47 @@ class Outbox:
 class Inbox:
     """The raw tensors that come to this rank, in this order, and what is made of them."""
 
-    def __init__(self, world: World, catalog: Mapping[str, RawTensor], needs: Needs) -> None:
+    def __init__(
+        self,
+        world: World,
+        catalog: Mapping[str, RawTensor],
+        needs: Needs,
+        cuts: Mapping[str, Cut],
+        part_here: PartOf,
+    ) -> None:
         names = dict.fromkeys(chain.from_iterable(needs.values()))
-        self.tensors = [catalog[name] for name in names]
+        self.tensors = [catalog[name].part(cuts.get(name)) for name in names]
         self.num_bytes = sum(tensor.num_bytes for tensor in self.tensors)
         self._world = world
+        self._part_here = part_here
+        self._dtypes: dict[str, mx.Dtype] = {}
+        self._parts: RawTensors = {}
         self._promised: dict[str, list[mx.array]] = {}
         self._coming: tuple[RawTensor, int] | None = None
         self._arrived: set[str] = set()
         self._unmade = deque(needs.items())
 
     def promise(self, raw: RawTensors) -> RawTensors:
-        """`raw` with what will come in the place of what is not here."""
-        coming = {}
-        for tensor in self.tensors:
-            pieces = promised(self._world, tensor)
-            self._promised[tensor.name] = pieces
-            absent = raw[tensor.name]
-            # Of one piece it is no copy.
-            rows = [p.view(absent.dtype).reshape(-1, *absent.shape[1:]) for p in pieces]
-            whole = rows[0] if len(rows) == 1 else mx.concatenate(rows)
-            coming[tensor.name] = whole.reshape(absent.shape)
-        return raw | coming
+        """`raw` with what will come in the place of what is not here, where it comes whole."""
+        self._dtypes = {tensor.name: raw[tensor.name].dtype for tensor in self.tensors}
+        return raw | {t.name: self._promise(t) for t in self.tensors if t.cut is None}
+
+    def part_of(self, name: str, cut: Cut) -> mx.array:
+        """The part of a raw tensor that has come, or is in a file here."""
+        return self._parts.pop(name) if name in self._parts else self._part_here(name, cut)
+
+    def _promise(self, tensor: RawTensor) -> mx.array:
+        dtype = self._dtypes[tensor.name]
+        pieces = promised(self._world, tensor)
+        self._promised[tensor.name] = pieces
+        # Of one piece it is no copy.
+        rows = [piece.view(dtype).reshape(-1, *tensor.shape[1:]) for piece in pieces]
+        return (rows[0] if len(rows) == 1 else mx.concatenate(rows)).reshape(tensor.shape)
 
     def begin(self, tensor: RawTensor, ahead: Tensor, stage: OpenStage) -> int:
         """Take `tensor` while the one before is looked at; answers that one's bytes."""
+        if tensor.cut is not None:
+            self._parts[tensor.name] = self._promise(tensor)
         _begin(self._promised[tensor.name])
         num_bytes = self.finish(stage)
         self._coming = tensor, ahead.checksum

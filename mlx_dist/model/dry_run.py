@@ -11,7 +11,7 @@ import io
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -51,24 +51,51 @@ class LayerRun:
     """What a layer's caches cost, and how many operations it launches for a token.
 
     `keys_values` are the elements of a key and of a value of one head, in each of its caches
-    that has them.
+    that has them. `sums` are the bytes of each sum over a tensor group, for a token.
     """
 
     kv: KvCost
     keys_values: tuple[tuple[int, int], ...]
     num_ops: int
+    sums: tuple[int, ...] = ()
 
 
-def run(model: nn.Module, anatomy: Anatomy, *, fused: bool) -> list[LayerRun]:
+@dataclass(frozen=True, slots=True)
+class QuietGroup:
+    """Stands for a tensor group of `size` ranks that nobody has met; notes what it is asked for.
+
+    `sums` and `gathers` are bytes, those of a gather from all ranks together.
+    """
+
+    size: int
+    sums: list[int] = field(default_factory=list)
+    gathers: list[int] = field(default_factory=list)
+
+    def sum(self, array: mx.array) -> mx.array:
+        """The array itself: a sum is no operation of the model's."""
+        self.sums.append(array.nbytes)
+        return array
+
+    def gather(self, array: mx.array) -> mx.array:
+        """As many of the array as there are ranks."""
+        self.gathers.append(self.size * array.nbytes)
+        return mx.concatenate([array] * self.size, axis=0)
+
+
+def run(
+    model: nn.Module, anatomy: Anatomy, *, fused: bool, group: QuietGroup | None = None
+) -> list[LayerRun]:
     """Run `model` for one sequence and say of each layer what it did. Computes nothing.
 
     With `fused`, norms, rotations and attention are one operation each, as GPUs launch them,
-    else as many as on this device.
+    else as many as on this device. Of what the model asks its `group` for a token, that has in
+    the end what no layer did.
     """
+    group = QuietGroup(1) if group is None else group
     slots, caches = _caches_by_layer(model, anatomy)
     layers = anatomy.layers
     apart = [
-        _Apart(layer, [caches[i] for i in indices])
+        _Apart(layer, [caches[i] for i in indices], group)
         for layer, indices in zip(layers, anatomy.caches_of_layer, strict=True)
     ]
     originals, layers[:] = list(layers), apart
@@ -76,6 +103,8 @@ def run(model: nn.Module, anatomy: Anatomy, *, fused: bool) -> list[LayerRun]:
         model(mx.zeros((1, 2), mx.int32), cache=caches)
         # Here as `Stage.kv_cost` has it, after as many tokens.
         kv = [of_layer.cost(0) for of_layer in slots]
+        group.sums.clear()
+        group.gathers.clear()
         model(mx.zeros((1, 1), mx.int32), cache=caches)
     finally:
         layers[:] = originals
@@ -88,16 +117,19 @@ def run(model: nn.Module, anatomy: Anatomy, *, fused: bool) -> list[LayerRun]:
         num_marks["Softmax"] = min(num_marks["Softmax"], len(keys_values))
         num_marks["Exp"] = min(num_marks["Exp"], num_marks["Cos"])
         num_surplus = sum(num_marks[mark] * surplus[mark] for mark in surplus)
-        runs.append(LayerRun(cost, keys_values, layer.ops.total() - num_surplus))
+        num_ops = layer.ops.total() - num_surplus
+        runs.append(LayerRun(cost, keys_values, num_ops, layer.sums))
     return runs
 
 
 class _Apart(StandIn):
     """Stands for a layer, which it runs on an input that comes from nowhere."""
 
-    def __init__(self, layer: nn.Module, caches: list[Any]) -> None:
+    def __init__(self, layer: nn.Module, caches: list[Any], group: QuietGroup) -> None:
         super().__init__(layer)
         self.caches = caches
+        self.sums: tuple[int, ...] = ()
+        self._group = group
         self.ops: Counter[str] = Counter()
         self._weights = _arrays(layer.parameters())
 
@@ -108,8 +140,10 @@ class _Apart(StandIn):
             first, hidden = next(iter(kwargs.items()))
             kwargs[first] = _blank(hidden)
         given = [*self._weights, *self._kept(), *_arrays((args, kwargs))]
-        before = _ops(given)
+        before, num_sums = _ops(given), len(self._group.sums)
         output = self._layer(*args, **kwargs)
+        self.sums = tuple(self._group.sums[num_sums:])
+        del self._group.sums[num_sums:]
         self.ops = _ops([*given, *self._kept(), *_arrays(output)]) - before
         return output
 

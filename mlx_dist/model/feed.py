@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 
+from mlx_dist.cluster.placement import WHOLE, Slice
 from mlx_dist.cluster.world import World
 from mlx_dist.config import Dtype
-from mlx_dist.messages import Wanted, expect
+from mlx_dist.messages import Want, Wanted, expect
+from mlx_dist.model.cutting import parts_of_files
 from mlx_dist.model.delivery import (
     Delivery,
     Inbox,
@@ -24,8 +26,10 @@ from mlx_dist.model.delivery import (
     catalog_of,
 )
 from mlx_dist.model.files import ModelFiles, fetch
+from mlx_dist.model.slicing import Cut
 from mlx_dist.model.weights import LoadedModel, OpenStage, open_stage, raw_tensors_of
 
+Cuts = Mapping[str, Cut]
 Progress = Callable[[int, int], None]
 Say = Callable[[str], None]
 
@@ -37,8 +41,9 @@ def load_stages(
     dtype: Dtype,
     progress: Progress,
     say: Say,
+    slice_: Slice = WHOLE,
 ) -> LoadedModel | None:
-    """Load the stage `share` of this rank, as all ranks do; None on a rank without one.
+    """Load the slice of the stage `share` of this rank, as all ranks do; None on one without.
 
     `progress` hears of (bytes here, bytes in all), on the leader of those it sends, too. `say`,
     on the leader, hears how fast each rank was fed. Raises AgreedError, the same on every rank,
@@ -47,16 +52,19 @@ def load_stages(
     catalog = catalog_of(files)
     with world.agreement():
         needs: Needs = {}
+        cuts: Cuts = {}
         if share is not None and not world.is_leader:
-            needs = _needs(files, catalog, *share, dtype)
-    inbox = Inbox(world, catalog, needs)
-    wanted = Wanted([tensor.place for tensor in inbox.tensors])
+            needs, cuts = _needs(files, catalog, *share, dtype, slice_)
+    inbox = Inbox(world, catalog, needs, cuts, parts_of_files(files))
+    wanted = Wanted([tensor.want for tensor in inbox.tensors])
     orders = [expect(message, Wanted).tensors for message in world.control.all_gather(wanted)]
     schedule = _schedule(orders, list(catalog.values()))
     with world.agreement():
         if world.is_leader:
             files = fetch(files, frozenset(each.tensor.file.name for each in schedule))
-        stage = None if share is None else open_stage(files, *share, dtype, inbox.promise)
+        stage = None
+        if share is not None:
+            stage = open_stage(files, *share, dtype, inbox.promise, slice_, inbox.part_of)
     reading = iter(()) if stage is None else stage.read()
     own_bytes = 0 if stage is None else stage.num_bytes
     if world.is_leader:
@@ -72,24 +80,36 @@ def load_stages(
 
 
 def _needs(
-    files: ModelFiles, catalog: Mapping[str, RawTensor], start: int, end: int, dtype: Dtype
-) -> Needs:
+    files: ModelFiles,
+    catalog: Mapping[str, RawTensor],
+    start: int,
+    end: int,
+    dtype: Dtype,
+    slice_: Slice,
+) -> tuple[Needs, Cuts]:
     if all(file.path is not None for file in files.weights):
-        return {}
-    return {
+        return {}, {}
+    made_of, cuts = raw_tensors_of(files, start, end, dtype, slice_)
+    needs = {
         name: [raw for raw in raws if catalog[raw].file.path is None and catalog[raw].num_bytes]
-        for name, raws in raw_tensors_of(files, start, end, dtype).items()
+        for name, raws in made_of.items()
     }
+    return needs, cuts
 
 
-def _schedule(orders: list[list[int]], tensors: Sequence[RawTensor]) -> list[Delivery]:
+def _schedule(orders: list[list[Want]], tensors: Sequence[RawTensor]) -> list[Delivery]:
     """What is sent, in order: one tensor to each rank, and again, until each has what it wants."""
     return [
-        Delivery(rank, tensors[place])
-        for places in zip_longest(*orders)
-        for rank, place in enumerate(places)
-        if place is not None
+        Delivery(rank, _wanted(want, tensors))
+        for wants in zip_longest(*orders)
+        for rank, want in enumerate(wants)
+        if want is not None
     ]
+
+
+def _wanted(want: Want, tensors: Sequence[RawTensor]) -> RawTensor:
+    cut = Cut(want.axis, tuple(want.ranges), want.num_parts) if want.ranges else None
+    return tensors[want.place].part(cut)
 
 
 def _give(

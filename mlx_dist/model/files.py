@@ -28,6 +28,13 @@ from mlx_lm.utils import load_config
 from safetensors import SafetensorError, safe_open
 
 from mlx_dist.errors import ModelError
+from mlx_dist.model.bounds import (
+    check_config,
+    check_file,
+    check_layers,
+    check_small_files,
+    check_tensors,
+)
 from mlx_dist.model.families import family_of
 
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken")
@@ -46,6 +53,11 @@ class WeightFile:
     header: bytes
     size_bytes: int
     path: Path | None
+
+    @property
+    def data_start(self) -> int:
+        """Where the tensors begin that the header's offsets count from."""
+        return 8 + len(self.header)
 
     def tensors(self) -> dict[str, Any]:
         """Name to dtype, shape and data_offsets, as in the header."""
@@ -149,7 +161,9 @@ def _find_local(name: str, folder: Path, require_proven: bool) -> ModelFiles:
             raise ModelError(f"{name}: {', '.join(missing)} is missing; copy the whole model")
     if not paths:
         raise ModelError(f"{name} has no model*.safetensors; is this a model's folder?")
-    return ModelFiles(name, folder, config, tuple(_read_header(path) for path in paths))
+    weights = tuple(_read_header(path) for path in paths)
+    check_layers(config, sum(len(file.tensors()) for file in weights), name)
+    return ModelFiles(name, folder, config, weights)
 
 
 def _find_on_hub(name: str, require_proven: bool) -> ModelFiles:
@@ -167,7 +181,9 @@ def _find_on_hub(name: str, require_proven: bool) -> ModelFiles:
         index = folder / "model.safetensors.index.json"
         names = sorted(_indexed_files(index)) if index.exists() else ["model.safetensors"]
         weights = tuple(_hub_header(name, file, revision) for file in names)
-    return ModelFiles(name, folder, _read_config(folder), weights, name, revision)
+    config = _read_config(folder)
+    check_layers(config, sum(len(file.tensors()) for file in weights), name)
+    return ModelFiles(name, folder, config, weights, name, revision)
 
 
 def _if_cached(file: WeightFile, repo: str, revision: str) -> WeightFile:
@@ -222,10 +238,13 @@ def _fetch_header(repo: str, name: str, revision: str) -> bytes:
 def _read_config(folder: Path) -> dict[str, Any]:
     if not (folder / "config.json").exists():
         raise ModelError(f"{folder} has no config.json; is this a model's folder?")
+    check_small_files(folder)
     try:
         config = load_config(folder)
-    except (ValueError, AttributeError) as error:
-        raise ModelError(f"{folder / 'config.json'} is not valid JSON: {error}") from None
+    except (ValueError, AttributeError, TypeError, RecursionError, OSError) as error:
+        raise ModelError(
+            f"{folder / 'config.json'}, or generation_config.json beside it, is not valid: {error}"
+        ) from None
     if not isinstance(config, dict):
         raise ModelError(f"{folder / 'config.json'} is not a JSON object")
     for key, kind in (("architectures", list), ("text_config", dict)):
@@ -236,15 +255,17 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"{folder / 'config.json'} asks to run {config['model_file']!r}, code that came with "
             "the model; mlx_dist runs no such code"
         )
+    check_config(config, folder / "config.json")
     return config
 
 
 def _indexed_files(index: Path) -> set[str]:
     try:
+        check_file(index)
         names = set(json.loads(index.read_bytes())["weight_map"].values())
         # mlx-lm reads no others; and what the index says becomes a path.
         strange = sorted(name for name in names if not WEIGHT_FILE.fullmatch(name))
-    except (ValueError, KeyError, AttributeError, TypeError):
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise ModelError(f"{index} is damaged; copy it again") from None
     if strange:
         raise ModelError(f"{index} names {strange[0]!r}, which is no model*.safetensors beside it")
@@ -253,6 +274,7 @@ def _indexed_files(index: Path) -> set[str]:
 
 def _read_header(path: Path) -> WeightFile:
     """The header of a safetensors file. Raises ModelError if the file is damaged or cut off."""
+    check_file(path)
     try:
         with safe_open(path, framework="numpy"):
             pass
@@ -261,4 +283,6 @@ def _read_header(path: Path) -> WeightFile:
     with path.open("rb") as stream:
         (header_bytes,) = struct.unpack("<Q", stream.read(8))
         header = stream.read(header_bytes)
-    return WeightFile(path.name, header, path.stat().st_size, path)
+    file = WeightFile(path.name, header, path.stat().st_size, path)
+    check_tensors(file.tensors(), path)
+    return file

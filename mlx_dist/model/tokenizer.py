@@ -26,8 +26,11 @@ def load_tokenizer(
         tokenizer = load(folder, settings, config.get("eos_token_id"))
         # The first call may change settings of the tokenizer; later ones, from any thread, do not.
         tokenizer.encode("a")
-    # The tokenizers library raises plain Exception for a damaged file.
-    except Exception as error:
+    # The tokenizers library raises plain Exception for a damaged file, and for its own failures
+    # what is not even that.
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
+            raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ModelError(
             f"the tokenizer in {folder} does not load: {reason}; "

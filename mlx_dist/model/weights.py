@@ -14,54 +14,82 @@ import tempfile
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 from mlx_lm.utils import _get_classes, load_model
 
+from mlx_dist.cluster.placement import WHOLE, Slice
 from mlx_dist.config import Dtype
 from mlx_dist.errors import ModelError
-from mlx_dist.model.families import Anatomy, Graph, dissect
+from mlx_dist.model.cutting import (
+    PartOf,
+    RawTensors,
+    cut,
+    parameters_of,
+    parts_of_files,
+    pieces_of,
+    slicing_of,
+    sources_of,
+)
+from mlx_dist.model.families import Anatomy, dissect
 from mlx_dist.model.files import ModelFiles, fetch
+from mlx_dist.model.slicing import Cut
+from mlx_dist.model.tensor import Slicing
 
 _LAYER_NUMBER = re.compile(r"\.(\d+)\.")
 # What mlx-lm and MLX raise for a config or tensors that do not fit the family.
-_UNFIT = (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError, OSError)
+_UNFIT = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 # One tensor is read by one thread, which memory that is touched for the first time holds up;
 # several are read by several.
 _AHEAD_BYTES = 64 << 20
 
-# A graph is shown with a limited number of names, of outputs and raw tensors together.
-_SHOWN = 256
-
-RawTensors = dict[str, mx.array]
 Change = Callable[[RawTensors], RawTensors]
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model of which only the stage [start, end) is in memory."""
+    """A model of which only the stage [start, end) is in memory, or what `slicing` is of it.
+
+    It is as mlx-lm built it until the slicing has joined it to its group.
+    """
 
     model: nn.Module
     anatomy: Anatomy
     weights_bytes: int
+    slicing: Slicing | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class OpenStage:
-    """A model built, and the tensors of one stage of it, `own`, lazy until they are read."""
+    """A model built, and the tensors of one stage of it, `own`, lazy until they are read.
+
+    A slice is lazy as a part of its whole tensor, of which there may be a `cheaper` way to it.
+    """
 
     name: str
     model: nn.Module
     anatomy: Anatomy
     own: dict[str, mx.array]
+    slicing: Slicing | None = None
+    cheaper: dict[str, Callable[[], mx.array]] = field(default_factory=dict)
 
     @property
     def num_bytes(self) -> int:
@@ -83,15 +111,24 @@ class OpenStage:
                         break
                     ahead.append(waiting.popleft())
                     ahead_bytes += num_bytes
+                    self._prepare(ahead[-1])
                     mx.async_eval(self.own[ahead[-1]])  # type: ignore[no-untyped-call]
                 mx.eval(self.own[ahead[0]])
             num_bytes = self.own[ahead.popleft()].nbytes
             ahead_bytes -= num_bytes
             yield num_bytes
 
+    def _prepare(self, name: str) -> None:
+        """Have the tensor `name` made in the cheaper way, if there is one."""
+        if make := self.cheaper.pop(name, None):
+            array = make().astype(self.own[name].dtype)
+            self.own[name] = array
+            self.model.update(tree_unflatten([(name, array)]))
+
     def make(self, name: str) -> None:
         """Make the tensor `name` now. Raises ModelError if it cannot be read."""
         with self._reading([name]):
+            self._prepare(name)
             mx.eval(self.own[name])
 
     @contextmanager
@@ -107,13 +144,13 @@ class OpenStage:
 
     def loaded(self) -> LoadedModel:
         """The model, once all is read."""
-        return LoadedModel(self.model, self.anatomy, self.num_bytes)
+        return LoadedModel(self.model, self.anatomy, self.num_bytes, self.slicing)
 
 
 def _hear_all_failures() -> None:
-    """Wait for the reads under way; MLX tells of each that fails at the next chance, whosever it is.
+    """Wait for the reads under way, so that no computation that comes later hears of a failure.
 
-    What is heard here does not reach a computation that comes later.
+    MLX tells of each one at the next chance, whosever it is.
     """
     while True:
         with suppress(RuntimeError):
@@ -127,13 +164,14 @@ def load_stage(
     end: int,
     dtype: Dtype,
     progress: Callable[[int, int], None],
+    slice_: Slice = WHOLE,
 ) -> LoadedModel:
-    """Build the model and read the tensors of the stage [start, end), and no others.
+    """Build the model and read the tensors of the stage [start, end), of each the slice.
 
     `progress` is called with (bytes read, bytes in all). Raises ModelError if files or tensors
     are missing or damaged.
     """
-    stage = open_stage(files, start, end, dtype)
+    stage = open_stage(files, start, end, dtype, slice_=slice_)
     done_bytes, total_bytes = 0, stage.num_bytes
     for num_bytes in stage.read():
         done_bytes += num_bytes
@@ -142,27 +180,55 @@ def load_stage(
 
 
 def open_stage(
-    files: ModelFiles, start: int, end: int, dtype: Dtype, change: Change | None = None
+    files: ModelFiles,
+    start: int,
+    end: int,
+    dtype: Dtype,
+    change: Change | None = None,
+    slice_: Slice = WHOLE,
+    part_of: PartOf | None = None,
 ) -> OpenStage:
     """Build the model for the stage [start, end); of a model on the hub, fetch its files first.
 
-    `change` is given the raw tensors, all lazy, and answers others in the place of some. Raises
-    ModelError if files are missing or do not fit the family.
+    `change` is given the raw tensors, all lazy, and answers others in the place of some. Of those
+    that the slice needs parts of only, `part_of` answers these, or else they are read from the
+    files, when their turn comes. Raises ModelError if files are missing or do not fit the family.
     """
-    model, anatomy = build(files, dtype, change)
+    raw: RawTensors = {}
+
+    def look(tensors: RawTensors) -> RawTensors:
+        changed = tensors if change is None else change(tensors)
+        raw.update(changed)
+        return changed
+
+    model, anatomy = build(files, dtype, look)
     if files.repo is not None and any(file.path is None for file in files.weights):
         own_names = {name for name, _ in _owned(model, anatomy, start, end)}
         files = fetch(files, _files_needed(files, own_names, anatomy, start, end))
-        model, anatomy = build(files, dtype, change)
-    return OpenStage(files.name, model, anatomy, dict(_owned(model, anatomy, start, end)))
+        raw.clear()
+        model, anatomy = build(files, dtype, look)
+    slicing = None
+    cheaper: dict[str, Callable[[], mx.array]] = {}
+    if slice_.size > 1:
+        slicing = slicing_of(files.name, model, anatomy, slice_)
+        pieces = pieces_of(model, raw, slicing)
+        cut(model, slicing)
+        convert(model, dtype)
+        get_part = part_of or parts_of_files(files)
+        cheaper = {name: partial(each.made, get_part) for name, each in pieces.items()}
+    dropped = set() if slicing is None else slicing.dropped
+    owned = _owned(model, anatomy, start, end)
+    own = {name: array for name, array in owned if name not in dropped}
+    return OpenStage(files.name, model, anatomy, own, slicing, cheaper)
 
 
 def raw_tensors_of(
-    files: ModelFiles, start: int, end: int, dtype: Dtype
-) -> dict[str, tuple[str, ...]]:
+    files: ModelFiles, start: int, end: int, dtype: Dtype, slice_: Slice = WHOLE
+) -> tuple[dict[str, tuple[str, ...]], dict[str, Cut]]:
     """The raw tensors that each tensor of the stage [start, end) is made of, by its name.
 
-    Reads none. Raises ModelError, as `open_stage`.
+    And, by their own, the cuts of those of which the slice needs parts only. Reads none. Raises
+    ModelError, as `open_stage`.
     """
     raw: RawTensors = {}
 
@@ -172,14 +238,15 @@ def raw_tensors_of(
 
     model, anatomy = build(files, dtype, look)
     own = dict(_owned(model, anatomy, start, end))
+    cuts: dict[str, Cut] = {}
+    if slice_.size > 1:
+        slicing = slicing_of(files.name, model, anatomy, slice_)
+        for pieces in pieces_of(model, raw, slicing).values():
+            cuts |= dict.fromkeys(pieces.names, pieces.cut)
+        own = {name: array for name, array in own.items() if name not in slicing.dropped}
     # A node of its own for each, for it may be the raw tensor itself.
     outputs = {name: mx.stop_gradient(array) for name, array in own.items()}
-    sources: dict[str, tuple[str, ...]] = {}
-    for names in (list(outputs)[i : i + _SHOWN] for i in range(0, len(outputs), _SHOWN)):
-        graph = Graph(raw, [outputs[name] for name in names])
-        for name in names:
-            sources[name] = tuple(sorted(graph.leads_to(outputs[name], None)))
-    return sources
+    return sources_of(raw, outputs), cuts
 
 
 def build(
@@ -190,6 +257,9 @@ def build(
         with _folder_to_load(files) as (folder, hollow):
             classes = partial(_classes_once_emptied, hollow, change)
             model, _ = load_model(folder, lazy=True, get_model_classes=classes)
+        if change is not None:
+            # Once: from here on the class is the family's own.
+            model.__class__ = type(model).__base__
         convert(model, dtype)
         return model, dissect(model)
     except _UNFIT as error:
@@ -277,7 +347,7 @@ def _files_needed(
 def _owned(
     model: nn.Module, anatomy: Anatomy, start: int, end: int
 ) -> Iterator[tuple[str, mx.array]]:
-    for name, array in _parameters(model).items():
+    for name, array in parameters_of(model).items():
         if anatomy.owns(name, start, end):
             yield name, array
 
@@ -290,11 +360,7 @@ def convert(model: nn.Module, dtype: Dtype) -> None:
     may_cast = getattr(model, "cast_predicate", lambda _name: True)
     converted = [
         (name, array.astype(target))
-        for name, array in _parameters(model).items()
+        for name, array in parameters_of(model).items()
         if mx.issubdtype(array.dtype, mx.floating) and may_cast(name)
     ]
     model.update(tree_unflatten(converted))
-
-
-def _parameters(model: nn.Module) -> dict[str, mx.array]:
-    return dict(tree_flatten(model.parameters()))

@@ -9,22 +9,24 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette.types import Receive
 
 from mlx_dist.engine.reader import Piece
-from mlx_dist.serve.failures import not_ready, timed_out
+from mlx_dist.serve.failures import ApiError, not_ready, timed_out
 from mlx_dist.serve.generation import Chunk, Generation, Usage
 from mlx_dist.serve.jobs import Job
 from mlx_dist.serve.metrics import Metrics
 
 if TYPE_CHECKING:
     from mlx_dist.serve.llm import LLM
+
+T = TypeVar("T")
 
 
 class ClientGoneError(Exception):
@@ -37,12 +39,15 @@ class Desk:
     def __init__(self) -> None:
         self.waiting: set[Choices] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
+        # Why nobody is served any more, once it is so.
+        self._closed: asyncio.Future[ApiError] | None = None
         self._rung: deque[Choices] = deque()
         self._is_waking = False
 
     def open(self) -> None:
         """Wake requests on the event loop that runs now."""
         self._loop = asyncio.get_running_loop()
+        self._closed = self._loop.create_future()
 
     def ring(self, choices: Choices) -> None:
         """From the engine's thread: there is news of `choices`."""
@@ -51,9 +56,19 @@ class Desk:
             self._is_waking = True
             self._call(self._wake)
 
-    def close(self) -> None:
-        """From any thread: end whatever is under way."""
-        self._call(self._end_all)
+    def close(self, failure: ApiError) -> None:
+        """From any thread: end whatever is under way, and what comes from now on."""
+        self._call(partial(self._end_all, failure))
+
+    async def unless_closed(self, work: Awaitable[T]) -> T:
+        """The result of `work`, which a request needs before it waits here. Raises ApiError."""
+        assert self._closed is not None
+        doing = asyncio.ensure_future(work)
+        either: list[asyncio.Future[Any]] = [doing, self._closed]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if self._closed.done():
+            raise self._closed.result()
+        return await doing
 
     def _call(self, function: Callable[[], None]) -> None:
         assert self._loop is not None
@@ -66,9 +81,12 @@ class Desk:
         while self._rung:
             self._rung.popleft().wake()
 
-    def _end_all(self) -> None:
+    def _end_all(self, failure: ApiError) -> None:
+        assert self._closed is not None
+        if not self._closed.done():
+            self._closed.set_result(failure)
         for choices in self.waiting:
-            choices.end(not_ready("the server is stopping"))
+            choices.end(failure)
 
 
 class Choices:
@@ -106,7 +124,11 @@ class Choices:
         for index in range(self._job.num_choices):
             prompt = self._job.prompts[index // self._job.n]
             self._running[index] = llm.open(
-                prompt, self._job.params_of(index), tools=self._job.tools, on_news=on_news
+                prompt,
+                self._job.params_of(index),
+                tools=self._job.tools,
+                on_news=on_news,
+                tokens_so_far=self._job.tokens_of(index),
             )
 
     async def next(self, patience_s: float | None) -> list[tuple[int, Chunk]]:
@@ -196,7 +218,7 @@ async def open_choices(
     desk.waiting.add(choices)
     try:
         # Lets `watch` see a client that went while its prompt was encoded.
-        await asyncio.sleep(0)
+        await desk.unless_closed(asyncio.sleep(0))
         choices.start(llm, desk)
         yield choices
     finally:

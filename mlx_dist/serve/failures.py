@@ -1,17 +1,4 @@
-"""What goes wrong, in OpenAI's shape: status, `{"error": {...}}`, headers.
-
-| status | when |
-|---|---|
-| 400 | a field is unknown, not supported or out of range, or the body is no JSON |
-| 401 | the API key is missing or wrong |
-| 403 | the Host or Origin header is not one that is served |
-| 404, 405 | no such route or model; the route has another method |
-| 408 | the request itself took too long to arrive |
-| 413, 415, 431 | the body or prompt is too large, the body is no JSON, the headers are too large |
-| 429 | the queue is full; Retry-After says when to come again |
-| 503 | not ready, draining, or shutting down; Retry-After as above |
-| 504 | the answer took longer than the request time; clients are told not to retry |
-"""
+"""What goes wrong, in OpenAI's shape: status, `{"error": {...}}`, headers."""
 
 from __future__ import annotations
 
@@ -33,6 +20,21 @@ from mlx_dist.errors import (
     RequestError,
 )
 
+STATUSES = {
+    400: "a field is unknown, not supported or out of range, or the body is no JSON",
+    401: "the API key is missing or wrong",
+    403: "the Host or Origin header is not one that is served",
+    404: "no such route or model",
+    405: "the route has another method",
+    408: "the request itself took too long to arrive",
+    413: "the body or the prompt is too large",
+    415: "the body is not JSON in UTF-8 by its content type",
+    429: "the queue is full; Retry-After says when to come again",
+    431: "the headers are too large",
+    500: "a fault of the server's own; its log has it",
+    503: "not ready, draining, or shutting down; Retry-After as above",
+    504: "the answer took longer than the request time; clients are told not to retry",
+}
 _RETRY_AFTER_S = 2
 _MOST_PARAM_LENGTH = 100
 # What pydantic calls a field that is not declared, and one that only takes null.
@@ -73,6 +75,12 @@ class ApiError(HTTPException):
 def not_ready(message: str) -> ApiError:
     """503, and when to come again."""
     return ApiError(503, message, code="not_ready", headers={"retry-after": str(_RETRY_AFTER_S)})
+
+
+def ending() -> ApiError:
+    """503 from a process that is about to end, not in order: others may answer soon."""
+    message = "the server is ending: a rank failed, or it was told to; nothing more comes from it"
+    return ApiError(503, message, code="ending", headers={"retry-after": str(_RETRY_AFTER_S)})
 
 
 def timed_out(timeout_s: float) -> ApiError:

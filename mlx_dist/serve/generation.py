@@ -62,18 +62,26 @@ class Generation:
     """
 
     def __init__(
-        self, reader: Reader, request: Request, leader: Leader, on_news: Callable[[], None]
+        self,
+        reader: Reader,
+        request: Request,
+        leader: Leader,
+        on_news: Callable[[], None],
+        tokens_so_far: tuple[int, ...] = (),
     ) -> None:
-        """Submit `request`. Raises what `Admission.check` raises."""
+        """Submit `request`, whose prompt ends with the tokens that the answer has already.
+
+        They are taken as if they had just come. Raises what `Admission.check` raises.
+        """
         self.is_finished = False
         self.num_prefilled = 0
         self._reader = reader
-        self._num_prompt_tokens = len(request.prompt)
+        self._num_prompt_tokens = len(request.prompt) - len(tokens_so_far)
         self._num_tokens = 0
         self._num_cached = 0
         self._has_tool_calls = False
         self._on_news = on_news
-        self._events: deque[Event] = deque()
+        self._events = deque(Event(0, 0, 0, token) for token in tokens_so_far)
         self._has_events = threading.Event()
         self._leader = leader
         [self._id] = leader.submit([request], [self._deliver])
@@ -86,7 +94,8 @@ class Generation:
         self._has_events.clear()
         while self._events and not self.is_finished:
             event = self._events.popleft()
-            self._num_cached = event.cached_tokens
+            # What the answer has already may be cached, too.
+            self._num_cached = min(event.cached_tokens, self._num_prompt_tokens)
             if event.token is not None:
                 tokens.append(TokenInfo(event.token, event.logprobs))
                 pieces.append(self._reader.add(event.token))

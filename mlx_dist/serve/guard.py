@@ -42,15 +42,22 @@ class Guard:
             await self._app(scope, receive, send)
             return
 
+        headers = Headers(scope=scope)
+        is_unread = _has_body(headers)
+
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
                 self._metrics.count_response(message["status"])
+                if is_unread:  # What has not come yet would be read to its end, and thrown away.
+                    closing = [*message["headers"], (b"connection", b"close")]
+                    message = {**message, "headers": closing}
             await send(message)
 
         try:
-            self._check(scope, Headers(scope=scope))
+            self._check(scope, headers)
             if scope["method"] == "POST":
                 receive = _replay(await self._read(receive), receive)
+                is_unread = False
         except ApiError as error:
             await error.response(scope, receive, counted)
         except _ClientGoneError:
@@ -65,6 +72,9 @@ class Guard:
         if num_bytes > self._config.max_header_bytes:
             most = self._config.max_header_bytes
             raise ApiError(431, f"the headers have {num_bytes} bytes; the server takes {most}")
+        if "transfer-encoding" in headers and "content-length" in headers:
+            # A proxy in front may go by the other of the two, and take the body for a request.
+            raise ApiError(400, "the request has both a Content-Length and a Transfer-Encoding")
         self._check_host(headers.get("host", ""))
         self._check_origin(scope, headers)
         if self._key is not None and scope["path"] != _OPEN_PATH:
@@ -111,6 +121,8 @@ class Guard:
         )
 
     def _check_content(self, headers: Headers) -> None:
+        if not _has_body(headers):
+            return  # Whatever the route makes of nothing.
         kind, _, options = headers.get("content-type", "").partition(";")
         if kind.strip().lower() != "application/json":
             raise ApiError(415, "the body must have content-type application/json")
@@ -139,11 +151,15 @@ class Guard:
                         return b"".join(parts)
         except TimeoutError:
             reason = f"the body took longer than {timeout_s:g} s to arrive"
-            raise ApiError(408, reason, headers={"connection": "close"}) from None
+            raise ApiError(408, reason) from None
 
     def _too_large(self) -> ApiError:
         most = self._config.max_body_bytes
         return ApiError(413, f"the body is larger than {most} bytes", code="body_too_large")
+
+
+def _has_body(headers: Headers) -> bool:
+    return "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -7,7 +7,7 @@ the streams must not wait for them.
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -18,6 +18,7 @@ from mlx_dist.model.grammar import after_reasoning, json_grammar, tool_grammar
 from mlx_dist.params import Params
 from mlx_dist.serve.failures import ApiError, blaming
 from mlx_dist.serve.protocol import ChatRequest, CompletionRequest, GenerationRequest, Prompt
+from mlx_dist.serve.relayed import Relayed, TokensByChoice
 from mlx_dist.serve.settings import HttpConfig
 
 if TYPE_CHECKING:
@@ -27,13 +28,17 @@ if TYPE_CHECKING:
 # What OpenAI documents for requests that do not say.
 _COMPLETION_MAX_TOKENS = 16
 _TEMPERATURE = 1.0
+# No text has so many characters a token; one that would is not encoded, which takes seconds a MB.
+_MOST_CHARACTERS = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
     """What the engine is asked for by one request. Choice i answers prompt i // n.
 
-    `max_calls` is the number of tool calls that an answer ends after, or None for all.
+    `max_calls` is the number of tool calls that an answer ends after, or None for all. Where the
+    request had no seed, `is_seeded` is false. `tokens_so_far` are those that each choice has
+    already, if it was begun elsewhere.
     """
 
     prompts: tuple[ChatPrompt | tuple[int, ...], ...]
@@ -44,10 +49,24 @@ class Job:
     includes_usage: bool
     max_calls: int | None
     arrived_s: float
+    is_seeded: bool = True
+    tokens_so_far: TokensByChoice = ()
 
     @property
     def num_choices(self) -> int:
         return len(self.prompts) * self.n
+
+    def relayed(self, relayed: Relayed) -> Job:
+        """This job as a relay wants it."""
+        params = self.params
+        if not self.is_seeded:
+            sampling = msgspec.structs.replace(params.sampling, seed=relayed.seed)
+            params = replace(params, sampling=sampling)
+        return replace(self, params=params, is_seeded=True, tokens_so_far=relayed.tokens)
+
+    def tokens_of(self, index: int) -> tuple[int, ...]:
+        """The tokens that a choice has already."""
+        return tuple(self.tokens_so_far[index]) if index < len(self.tokens_so_far) else ()
 
     def params_of(self, index: int) -> Params:
         """The choices of a prompt have seeds that follow one another."""
@@ -72,6 +91,8 @@ def chat_job(llm: LLM, config: HttpConfig, request: ChatRequest, arrived_s: floa
     tools = _tools(llm, config, request)
     grammar = _grammar(llm, request, tools)
     messages = [message.model_dump(exclude_none=True) for message in request.messages]
+    num_characters = sum(len(message.content or "") for message in request.messages)
+    _check_size(llm, "messages", num_characters + len(msgspec.json.encode(tools or ())))
     with blaming("messages"):
         prompt = llm.tokenizer.encode_chat(messages, tools, request.chat_template_kwargs)
     _check_prompt(config, len(prompt.tokens))
@@ -103,6 +124,7 @@ def completion_job(
     _check_most("logprobs", request.logprobs or 0, config.max_logprobs)
 
     def encode(prompt: Prompt) -> tuple[int, ...]:
+        _check_size(llm, "prompt", len(prompt))
         with blaming("prompt"):
             tokens = llm.tokenizer.encode_text(prompt) if isinstance(prompt, str) else tuple(prompt)
         _check_prompt(config, len(tokens))
@@ -131,6 +153,7 @@ def _job(
         includes_usage=options is not None and bool(options.include_usage),
         max_calls=max_calls,
         arrived_s=arrived_s,
+        is_seeded=request.seed is not None,
     )
 
 
@@ -157,6 +180,13 @@ def _check_prompt(config: HttpConfig, num_tokens: int) -> None:
     if most is not None and num_tokens > most:
         message = f"the prompt has {num_tokens} tokens; the server takes {most}"
         raise ApiError(413, message, code="context_length_exceeded")
+
+
+def _check_size(llm: LLM, param: str, num_characters: int) -> None:
+    context = llm.tokenizer.context_tokens
+    if context is not None and num_characters > context * _MOST_CHARACTERS:
+        message = f"{param}: {num_characters} characters cannot fit the model's {context} tokens"
+        raise ApiError(413, message, param=param, code="context_length_exceeded")
 
 
 def _check_most(param: str, value: int, most: int) -> None:

@@ -23,8 +23,8 @@ from types import TracebackType
 from typing import Any
 
 from mlx_dist.cluster import launch
-from mlx_dist.cluster.additions import Case
 from mlx_dist.cluster.blas import preload_blas
+from mlx_dist.cluster.case import Case
 from mlx_dist.cluster.costs import Workload
 from mlx_dist.config import RunConfig
 from mlx_dist.engine import calibrate
@@ -117,6 +117,11 @@ class LLM:
             self.close()
 
     @property
+    def vocab_size(self) -> int:
+        """How many token ids the model has: 0 to one less."""
+        return self._rank.stage.vocab_size
+
+    @property
     def reports(self) -> list[Report]:
         """Every rank's account of itself, after loading or, once closed, of the whole run."""
         return self._reports
@@ -165,6 +170,13 @@ class LLM:
         prompt = self.tokenizer.encode_chat(messages, tools)
         yield from self.chunks(self._begin(prompt, params, tools))
 
+    def check_room(self, num: int) -> None:
+        """Raise QueueFullError or NotReadyError if `open` would for one of the next `num` prompts.
+
+        From any thread, at no cost, and only for the moment: `open` decides.
+        """
+        self._leader.scheduler.admission.check_room(num)
+
     def open(
         self,
         prompt: ChatPrompt | tuple[int, ...],
@@ -172,8 +184,9 @@ class LLM:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         on_news: Callable[[], None] = lambda: None,
+        tokens_so_far: tuple[int, ...] = (),
     ) -> Generation:
-        """Begin an answer, from any thread.
+        """Begin an answer, from any thread, or go on with one that has `tokens_so_far`.
 
         `on_news` is called in the engine's thread whenever there is something to take, and must
         return at once. Raises RequestError for what can never be served, QueueFullError or
@@ -183,9 +196,13 @@ class LLM:
         chat = prompt if isinstance(prompt, ChatPrompt) else ChatPrompt(prompt, ())
         params.check()
         self._check_ids(chat.tokens, params.sampling)
+        self._check_so_far(tokens_so_far)
+        most_tokens = self._max_tokens(chat.tokens, params.max_tokens)
+        # One at least is computed: of an answer that was at its end, the last one ends it again.
+        tokens_so_far = tokens_so_far[: most_tokens - 1]
         request = Request(
-            chat.tokens,
-            self._max_tokens(chat.tokens, params.max_tokens),
+            chat.tokens + tokens_so_far,
+            most_tokens - len(tokens_so_far),
             params.sampling,
             self.tokenizer.stop_tokens,
             chat.borders,
@@ -193,7 +210,7 @@ class LLM:
         reader = self.tokenizer.reader(
             params.stop, tools=tools, is_chat=is_chat, prompt=chat.tokens
         )
-        return Generation(reader, request, self._leader, on_news)
+        return Generation(reader, request, self._leader, on_news, tokens_so_far)
 
     def chunks(self, generation: Generation) -> Iterator[Chunk]:
         """The chunks of a generation as they come. Leaving early cancels it."""
@@ -215,6 +232,10 @@ class LLM:
     def drain(self) -> None:
         """Take no new prompts, from any thread; `run` returns when the last is done."""
         self._leader.drain()
+
+    def before_end(self, say: Callable[[], None]) -> None:
+        """Call `say` once, within 250 ms, if this process must end otherwise than in order."""
+        self._session.world.ending.before(say)
 
     def stats(self) -> Stats:
         """What is going on, in numbers, from any thread."""
@@ -254,8 +275,12 @@ class LLM:
             limits.append(max(1, min(most, _MOST_UNASKED)))
         return min(limits)
 
+    def _check_so_far(self, tokens: tuple[int, ...]) -> None:
+        if not all(0 <= token < self.vocab_size for token in tokens):
+            raise RequestError("the answer so far has a token that the model does not know")
+
     def _check_ids(self, prompt: tuple[int, ...], sampling: Sampling) -> None:
-        vocab_size = self._rank.stage.vocab_size
+        vocab_size = self.vocab_size
         if not prompt:
             raise RequestError("the prompt has no tokens; give it some text")
         for name, ids in (("the prompt", prompt), ("logit_bias", sampling.logit_bias)):
@@ -283,7 +308,7 @@ def _measured(session: Session, rank: Rank, reports: list[Report], case: Case | 
     times, is_remembered = calibrate.remembered(
         session.facts
         | {
-            "layers": [r.layers for r in reports],
+            "layers": [(r.layers, r.slice) for r in reports],
             "hosts": session.world.hosts,
             "cores": os.cpu_count(),
             "threads": os.environ.get("OPENBLAS_NUM_THREADS"),

@@ -56,7 +56,7 @@ def _is_tokens(value: Any) -> bool:
 def _bias_by_id(biases: Any) -> Any:
     if not isinstance(biases, dict):
         return biases
-    if wrong := next((key for key in biases if not re.fullmatch(r"[0-9]{1,9}", key)), None):
+    if wrong := next((key for key in biases if not re.fullmatch(r"0|[1-9][0-9]{0,8}", key)), None):
         raise ValueError(f"has the key {wrong[:20]!r}; keys are token ids")
     return {int(key): bias for key, bias in biases.items()}
 
@@ -73,6 +73,17 @@ def _choice_object(choice: Any) -> Any:
     return {"type": choice} if isinstance(choice, str) else choice
 
 
+def _boolean(value: Any) -> Any:
+    if not isinstance(value, bool):
+        raise ValueError("is no boolean")
+    return value
+
+
+# A literal would take 0 for False and True for 1, for they are equal.
+Off = Annotated[Literal[False], BeforeValidator(_boolean)]
+One = Annotated[int, Field(ge=1, le=1)]
+
+
 class Shape(BaseModel):
     """Base of all shapes: nothing converted, nothing unknown, nothing changed."""
 
@@ -81,7 +92,7 @@ class Shape(BaseModel):
 
 class StreamOptions(Shape):
     include_usage: bool | None = None
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: Off | None = None
 
 
 class GenerationRequest(Shape):
@@ -118,8 +129,8 @@ class CompletionRequest(GenerationRequest):
     prompt: Annotated[list[Prompt], BeforeValidator(_prompts_of)]
     logprobs: Annotated[int, Field(ge=0)] | None = None
 
-    best_of: Literal[1] | None = None
-    echo: Literal[False] | None = None
+    best_of: One | None = None
+    echo: Off | None = None
     suffix: None = None
 
 
@@ -238,7 +249,7 @@ class ChatRequest(GenerationRequest):
 
     modalities: list[Literal["text"]] | None = None
     service_tier: Literal["auto", "default"] | None = None
-    store: Literal[False] | None = None
+    store: Off | None = None
     verbosity: Literal["medium"] | None = None
     audio: None = None
     function_call: None = None

@@ -6,7 +6,7 @@ one piece; both go into `choices`.
 
 from __future__ import annotations
 
-import secrets
+import hashlib
 from typing import Any
 
 from msgspec import UNSET, Struct, UnsetType
@@ -106,9 +106,10 @@ class ChatWriter:
     object = "chat.completion"
     part_object = "chat.completion.chunk"
 
-    def __init__(self, index: int, tokenizer: Tokenizer) -> None:
+    def __init__(self, index: int, tokenizer: Tokenizer, answer_id: str) -> None:
         self._index = index
         self._tokenizer = tokenizer
+        self._answer_id = answer_id
         self._role: str | None = "assistant"
         self._num_calls = 0
 
@@ -143,12 +144,17 @@ class ChatWriter:
         self._num_calls += len(calls)
         return [
             CallReply(
-                id=f"call_{secrets.token_hex(12)}",
+                id=self._call_id(first + number),
                 function=FunctionReply(call.name, call.arguments),
                 index=first + number if is_part else UNSET,
             )
             for number, call in enumerate(calls)
         ] or None
+
+    def _call_id(self, number: int) -> str:
+        # The same whenever the same answer is written.
+        told = f"{self._answer_id} {self._index} {number}"
+        return "call_" + hashlib.sha256(told.encode()).hexdigest()[:24]
 
     def _logprobs(self, tokens: tuple[TokenInfo, ...]) -> ChatLogprobs | None:
         content = [
@@ -173,7 +179,7 @@ class TextWriter:
     object = "text_completion"
     part_object = "text_completion"
 
-    def __init__(self, index: int, tokenizer: Tokenizer) -> None:
+    def __init__(self, index: int, tokenizer: Tokenizer, _answer_id: str) -> None:
         self._index = index
         self._tokenizer = tokenizer
         self._offset = 0
@@ -221,10 +227,12 @@ def usage_reply(usage: Usage) -> UsageReply:
     )
 
 
-def reply_head(writer: type[Writer], is_part: bool, created_s: int, model: str) -> dict[str, Any]:
+def reply_head(
+    writer: type[Writer], is_part: bool, answer_id: str, created_s: int, model: str
+) -> dict[str, Any]:
     """The fields that all answers begin with."""
     return {
-        "id": writer.id_prefix + secrets.token_hex(12),
+        "id": writer.id_prefix + answer_id,
         "object": writer.part_object if is_part else writer.object,
         "created": created_s,
         "model": model,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 from fastapi import FastAPI, Response
+from fastapi.responses import PlainTextResponse
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
@@ -21,6 +22,7 @@ from mlx_dist.serve.guard import Guard
 from mlx_dist.serve.jobs import Job, chat_job, check_grammar, check_model, completion_job
 from mlx_dist.serve.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from mlx_dist.serve.replies import ChatWriter, TextWriter
+from mlx_dist.serve.schema import describe
 from mlx_dist.serve.settings import HttpConfig
 from mlx_dist.serve.streaming import Answer, Shim
 
@@ -63,6 +65,7 @@ def make_app(shim: Shim) -> FastAPI:
     _add_generation(app, shim)
     _add_status(app, shim)
     add_handlers(app)
+    describe(app, shim.llm, config)
     return app
 
 
@@ -74,9 +77,13 @@ def _add_generation(app: FastAPI, shim: Shim) -> None:
 
     async def job_of(make: Callable[[LLM, HttpConfig, R, float], Job], request: R) -> Job:
         loop, arrived_s = asyncio.get_running_loop(), time.monotonic()
-        job = await loop.run_in_executor(encoder, make, shim.llm, shim.config, request, arrived_s)
+        # Under a load that is too much, the few must not wait for the many to be encoded.
+        shim.llm.check_room(1)
+        making = loop.run_in_executor(encoder, make, shim.llm, shim.config, request, arrived_s)
+        job = await shim.desk.unless_closed(making)
         if job.params.sampling.grammar is not None:
-            await loop.run_in_executor(checker, check_grammar, shim.llm, job)
+            checking = loop.run_in_executor(checker, check_grammar, shim.llm, job)
+            await shim.desk.unless_closed(checking)
         return job
 
     @app.post("/v1/chat/completions")
@@ -121,7 +128,7 @@ def _add_status(app: FastAPI, shim: Shim) -> None:
             raise not_ready(f"no step has ended for {stats.last_step_age_s:.1f} s")
         return _json({"status": "ready"})
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(shim.metrics.text(), media_type=_METRICS_TYPE)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 
 from mlx_dist.errors import ConfigError
 
+LOOPBACK = "127.0.0.1"
 _LEAST_READY_AGE_S = 6.0
 
 
@@ -14,7 +15,7 @@ _LEAST_READY_AGE_S = 6.0
 class HttpConfig:
     """Where the shim listens, whom it answers, and how much it takes. Fields are flags."""
 
-    host: str = "127.0.0.1"
+    host: str = LOOPBACK
     """The address to listen on. Any but a loopback address needs `api_key`."""
     port: int = 8100
     """The port to listen on; 0 takes a free one."""

@@ -6,6 +6,7 @@ once.
 
 from __future__ import annotations
 
+import secrets
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ from mlx_dist.serve.failures import ApiError
 from mlx_dist.serve.generation import Chunk, completion_of
 from mlx_dist.serve.jobs import Job
 from mlx_dist.serve.metrics import Metrics
+from mlx_dist.serve.relayed import Relayed, relayed_of, tokens_comment
 from mlx_dist.serve.replies import Writer, reply_head, usage_reply
 from mlx_dist.serve.settings import HttpConfig
 
@@ -53,13 +55,27 @@ class Answer(Response):
         super().__init__()
         self._shim = shim
         self._job = job
-        self._writers = [writer(i, shim.llm.tokenizer) for i in range(job.num_choices)]
-        self._head = reply_head(writer, job.is_streamed, int(time.time()), shim.llm.name)
+        self._writer = writer
+        # What tokens alone do not tell again must be computed again: then nobody needs them.
+        sampling = job.params.sampling
+        self._can_go_on = sampling.grammar is None and sampling.num_logprobs is None
+        self._tells_tokens = False
+
+    def _begin(self, relayed: Relayed | None) -> None:
+        self._tells_tokens = relayed is not None and self._can_go_on
+        answer_id, created_s = secrets.token_hex(12), int(time.time())
+        if relayed is not None:
+            self._job = self._job.relayed(relayed)
+            answer_id, created_s = relayed.answer_id, relayed.created_s
+        job, llm, writer = self._job, self._shim.llm, self._writer
+        self._writers = [writer(i, llm.tokenizer, answer_id) for i in range(job.num_choices)]
+        self._head = reply_head(writer, job.is_streamed, answer_id, created_s, llm.name)
         self._event_head = b"data: " + _encode(self._head)[:-1] + b',"choices":['
         self._event_tail = b'],"usage":null}\n\n' if job.includes_usage else b"]}\n\n"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises ApiError or MlxDistError if nothing has been sent yet."""
+        self._begin(relayed_of(scope))
         shim = self._shim
         try:
             async with open_choices(
@@ -101,9 +117,17 @@ class Answer(Response):
 
     def _events(self, news: list[tuple[int, Chunk]]) -> bytes:
         """One event for each choice that has something to show."""
-        parts = [self._writers[index].part(chunk) for index, chunk in news]
-        encoded = [_encode(part) for part in parts if part is not None]
-        return b"".join(self._event_head + part + self._event_tail for part in encoded)
+        events = []
+        for index, chunk in news:
+            tokens = [info.token for info in chunk.tokens] if self._tells_tokens else []
+            part = self._writers[index].part(chunk)
+            if tokens:
+                events.append(tokens_comment(index, tokens))
+            if part is not None:
+                events.append(self._event_head + _encode(part) + self._event_tail)
+            elif tokens:
+                events.append(b"\n")
+        return b"".join(events)
 
     def _usage_event(self, choices: Choices) -> bytes:
         if not self._job.includes_usage:

@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from mlx_dist.demo import MODEL_DIR
-from tests.cluster.conftest import HOSTS, Cluster
+from tests.cluster.hosts import HOSTS, Cluster
 from tests.launching import Done, mlx_dist
 
 # What the issue allows for naming a host that is wrong.
@@ -29,6 +30,20 @@ answer = client.chat.completions.create(
     model="model", messages=messages, temperature=0, max_tokens=48
 )
 print(answer.choices[0].message.content, end="")
+"""
+
+# Says in a file when it is in the middle of the answer.
+_STREAM = """
+import pathlib, sys, openai
+client = openai.OpenAI(base_url="http://127.0.0.1:8123/v1", api_key="none", max_retries=0)
+parts = client.completions.create(
+    model="model", prompt="Once", stream=True, temperature=0, max_tokens=300,
+    logit_bias={"0": -100},
+)
+for i, part in enumerate(parts):
+    print(part.choices[0].text, end="", flush=True)
+    if i == 40:
+        pathlib.Path(sys.argv[1]).touch()
 """
 
 
@@ -177,6 +192,30 @@ def test_a_host_that_is_gone_at_the_end_is_named(desk, cluster):
         done = desk.type("cluster", "down")
         assert done.code == 0, done.err
         assert desk.left() == {host: [] for host in HOSTS}
+
+
+@pytest.mark.timeout(240)
+def test_a_stream_goes_on_without_the_host_that_is_cut_off(desk, cluster, tmp_path):
+    desk.set_up()
+    stream = (sys.executable, "-c", _STREAM)
+    with desk.serving("--heartbeat-timeout-s", "3"), ThreadPoolExecutor() as pool:
+        undisturbed = cluster.on("mxh1", *stream, tmp_path / "before")
+        going = pool.submit(cluster.on, "mxh1", *stream, tmp_path / "now", timeout_s=90)
+        while not (tmp_path / "now").exists():
+            time.sleep(0.01)
+        cluster.faults(down=["mxh3"])
+        assert going.result().out == undisturbed.out, going.result().err
+        logs = desk.type("cluster", "logs").out
+        assert "mxh3 does not answer and is left out" in logs
+        ranks = desk.status()["cluster"]["ranks"]
+        assert [rank["host"] for rank in ranks] == ["mxh1", "mxh2"]
+        cluster.faults()
+        deadline = time.monotonic() + 60
+        while "taking it back" not in desk.type("cluster", "logs").out or not (
+            (status := desk.status())["is_ready"] and len(status["cluster"]["ranks"]) == 3
+        ):
+            assert time.monotonic() < deadline, desk.type("cluster", "logs").out
+            time.sleep(0.5)
 
 
 def test_an_unreachable_host_is_named(desk, cluster):

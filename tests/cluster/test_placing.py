@@ -11,6 +11,7 @@ from mlx_lm.models import llama
 from mlx_dist.demo import MODEL_DIR
 
 PROMPT = ("--prompt", "What is a rank?", "--max-tokens", "4", "--json")
+LIMITS = ("--memory-gb", "1.05", "--memory-gb", "mxh3=0.35")
 
 
 @pytest.fixture(scope="module")
@@ -29,17 +30,19 @@ def model(tmp_path_factory):
     return folder
 
 
-def test_a_third_of_the_memory_gets_a_third_of_the_layers(cluster, model):
-    limits = ("--memory-gb", "1.05", "--memory-gb", "mxh3=0.35")
-    answer = cluster.mlx_dist("generate", *PROMPT, "--model", model, *limits).json()
-    assert [rank["layers"] for rank in answer["ranks"]] == [[0, 3], [3, 6], [6, 7]]
+@pytest.fixture(scope="module")
+def own(cluster, model):
+    """The answer of hosts that each have the model."""
+    return cluster.mlx_dist("generate", *PROMPT, "--model", model, *LIMITS).json()
 
 
-def test_a_host_without_the_model_is_fed_its_third(cluster, model, tmp_path):
+def test_a_third_of_the_memory_gets_a_third_of_the_layers(own):
+    assert [rank["layers"] for rank in own["ranks"]] == [[0, 3], [3, 6], [6, 7]]
+
+
+def test_a_host_without_the_model_is_fed_its_third(cluster, model, own, tmp_path):
     """Over a link of 0.5 ms and 1 Gbit/s, and to the same text as with files of its own."""
-    limits = ("--memory-gb", "1.05", "--memory-gb", "mxh3=0.35")
-    asked = ("generate", *PROMPT, "--model", model, *limits)
-    own = cluster.mlx_dist(*asked).json()
+    asked = ("generate", *PROMPT, "--model", model, *LIMITS)
     cluster.faults(delay_ms=0.5, rate_mbit=1000)
     (tmp_path / "nothing").mkdir()
     with cluster.replaced("mxh3", model, tmp_path / "nothing"):
@@ -52,8 +55,7 @@ def test_a_host_without_the_model_is_fed_its_third(cluster, model, tmp_path):
 
 
 def test_the_error_names_the_host_that_lacks_memory(cluster, model):
-    limits = ("--memory-gb", "1.05", "--memory-gb", "mxh3=0.35")
     cut = ("--layers", "2,2,3")
-    done = cluster.mlx_dist("generate", *PROMPT, "--model", model, *limits, *cut)
+    done = cluster.mlx_dist("generate", *PROMPT, "--model", model, *LIMITS, *cut)
     assert done.code == 1
     assert "mxh3" in done.error_lines[0]

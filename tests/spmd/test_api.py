@@ -10,8 +10,9 @@ from tests.launching import mlx_dist, program, run
 EXAMPLE = Path(__file__).parents[2] / "examples" / "api.py"
 
 
-def test_the_example_runs(spmd_ranks):
-    done = run(mpirun_command(spmd_ranks, None, [str(EXAMPLE)]))
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_the_example_runs(num_ranks):
+    done = run(mpirun_command(num_ranks, None, [str(EXAMPLE)]))
     assert done.code == 0, done.err
     assert done.out.strip()
     assert len(EXAMPLE.read_text().splitlines()) < 30
@@ -24,9 +25,10 @@ def test_an_answer_is_the_same_by_every_way(spmd_ranks):
     assert answers["chat"] == answers["chat in a thread"]
 
 
-@pytest.mark.parametrize("num_ranks", [1, 3])
-def test_a_conversation_in_the_terminal(num_ranks):
-    lines = ["What is a rank?", "/clear", "What is a rank?", "x " * 4000, "/exit"]
+@pytest.mark.parametrize(("num_ranks", "end"), [(1, []), (3, ["/exit"])])
+def test_a_conversation_in_the_terminal(num_ranks, end):
+    """It ends with /exit, or with its input."""
+    lines = ["What is a rank?", "/clear", "What is a rank?", "x " * 4000, *end]
     done = mlx_dist(
         "chat", "--max-tokens", "12", num_ranks=num_ranks, stdin="".join(f"{s}\n" for s in lines)
     )
@@ -34,7 +36,3 @@ def test_a_conversation_in_the_terminal(num_ranks):
     first, _cleared, second, *_ = (answer.strip() for answer in done.out.split("> ")[1:])
     assert first == second != ""
     assert "shorten" in done.err
-
-
-def test_a_chat_ends_with_its_input():
-    assert mlx_dist("chat", stdin="").code == 0

@@ -8,12 +8,10 @@ import pytest
 from mlx_dist.demo import MODEL_DIR
 from tests.launching import mlx_dist, program
 
-RANKS = 3
 
-
-def _refused(*arguments, **options):
+def _refused(*arguments, num_ranks=2):
     prompt = () if "--prompt" in arguments else ("--prompt", "Hello")
-    done = mlx_dist("generate", *prompt, *arguments, num_ranks=RANKS, timeout_s=45, **options)
+    done = mlx_dist("generate", *prompt, *arguments, num_ranks=num_ranks, timeout_s=45)
     assert done.code not in (0, None)
     assert "Traceback" not in done.err
     assert done.out == ""
@@ -32,18 +30,13 @@ def _change_config(model, **changes):
 
 
 def test_a_missing_model():
-    assert "/no/such/model" in _refused("--model", "/no/such/model")
+    assert "/no/such/model" in _refused("--model", "/no/such/model", num_ranks=3)
 
 
 def test_a_truncated_file(model):
     path = model / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-5000])
     assert "was cut off" in _refused("--model", model)
-
-
-def test_a_corrupt_file(model):
-    (model / "model.safetensors").write_bytes(b"\x07" * 1000)
-    assert "model.safetensors" in _refused("--model", model)
 
 
 def test_a_tokenizer_that_is_missing(model):
@@ -94,25 +87,16 @@ def test_a_model_that_cannot_be_looked_at(name):
     assert "--model" in _refused("--model", name)
 
 
-def test_an_unknown_family(model):
-    _change_config(model, model_type="nonesuch")
-    assert "'nonesuch' is not proven" in _refused("--model", model)
-
-
-def test_more_ranks_than_layers():
-    done = mlx_dist("generate", "--prompt", "Hello", num_ranks=7, timeout_s=60)
-    assert done.code == 1
-    assert done.error_lines == [
-        "mlx-dist: error: the model has 6 layers and there are 7 ranks; start at most 6"
-    ]
+def test_more_ranks_than_layers(model):
+    _change_config(model, num_hidden_layers=2, layer_types=["full_attention"] * 2)
+    line = _refused("--model", model, num_ranks=3)
+    assert line == "mlx-dist: error: the model has 2 layers and there are 3 ranks; start at most 2"
 
 
 @pytest.mark.parametrize(
     ("layers", "words"),
     [
-        ("3,2,2", "adds up to 7 and the model has 6"),
-        ("3,3", "cuts for 2 ranks and there are 3"),
-        ("6,0,0", "without layers"),
+        ("3,2,2", "cuts for 3 ranks and there are 2"),
         ("a,b,c", "none of auto, even and a list of counts"),
     ],
 )
@@ -150,7 +134,7 @@ def test_a_tensor_that_one_rank_lacks(model, tmp_path):
     assert name in data
     path.write_bytes(data.replace(name, name.replace(b"input", b"other")))
     done = program(
-        "own_model", model, model, broken, "--", "generate", "--prompt", "Hello", num_ranks=RANKS
+        "own_model", model, model, broken, "--", "generate", "--prompt", "Hello", num_ranks=3
     )
     assert done.code == 1
     [line] = done.error_lines

@@ -76,6 +76,12 @@ def test_a_rank_is_fed_what_its_own_files_would_hold(models, fabric, num_ranks):
     cases += [_case(models["tied"], [*cuts[1:], cuts[0]])]
     cases += [_case(models["stacked"], [[0, 8], *[None] * (num_ranks - 1)])]
     cases += [_case(models["stacked"], [[0, 4], *[None] * (num_ranks - 2), [4, 8]])]
+    # A tensor group: of every layer a slice, of which only that is sent.
+    slices = {"slices": [1, 2, 1][:num_ranks]}
+    cases += [
+        _case(models[name], [[0, 8]] * num_ranks, **slices)
+        for name in ("untied", "4-bit", "stacked")
+    ]
     done = _load(fabric, cases, num_ranks)
     for ranks in done.json():
         _check(ranks)

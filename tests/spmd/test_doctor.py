@@ -69,6 +69,16 @@ def test_numbers_for_programs(fabric):
     assert fabric in by_name["fabric"]["found"]
 
 
+def test_a_group_is_looked_at():
+    command = ("doctor", "--port", "0", "--parallel", "tensor", "--quick", "--json")
+    by_name, failed = checks(mlx_dist(*command, num_ranks=2))
+    assert not failed
+    assert set(by_name) - set(NAMES) == {"tensor group"}
+    assert "1 of 2 ranks add up right" in by_name["tensor group"]["found"]
+    assert all(seconds > 0 for seconds in by_name["tensor group"]["data"]["sum_s"].values())
+    assert "as one process does" in by_name["long prompt"]["found"]
+
+
 def test_a_port_that_is_taken_is_named():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])

@@ -23,8 +23,7 @@ def test_every_cut_gives_the_same_tokens(one_rank, ranks, num_cuts):
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("ranks", "num_cuts"), [(2, 5), (3, 10)])
-def test_the_ring_gives_the_same_tokens(one_rank, ranks, num_cuts):
-    results = program("every_cut", "ring", MODEL_DIR, num_ranks=ranks, timeout_s=250).json()
-    assert len(results) == num_cuts
+def test_the_ring_gives_the_same_tokens(one_rank):
+    results = program("every_cut", "ring", MODEL_DIR, num_ranks=3, timeout_s=250).json()
+    assert len(results) == 10
     assert {stages for stages, answers in results.items() if answers != one_rank} == set()

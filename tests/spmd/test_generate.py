@@ -1,6 +1,7 @@
 """`mlx-dist generate` as a user meets it: text, JSON, sampling, stdin, stop strings."""
 
-import json
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -27,7 +28,7 @@ def test_the_embedded_model_makes_sense(greedy):
 
 
 def test_json_has_every_field(spmd_ranks, greedy):
-    answer = _answer(ranks=spmd_ranks)
+    answer = greedy if spmd_ranks == 1 else _answer(ranks=spmd_ranks)
     assert answer["text"] == greedy["text"]
     assert set(answer) == {
         *("text", "prompt_tokens", "completion_tokens", "finish_reason"),
@@ -47,8 +48,10 @@ def test_json_has_every_field(spmd_ranks, greedy):
     assert held >= size * 0.99 if spmd_ranks == 1 else held > size
 
 
-def test_text_is_on_stdout_and_the_table_on_stderr(greedy):
-    done = mlx_dist("generate", "--prompt", QUESTION, num_ranks=2)
+def test_stdin_is_answered_on_stdout_with_the_table_on_stderr_from_any_folder(greedy, tmp_path):
+    """A colon is a stop string like any other, though mpirun takes one for a border."""
+    words = ("--prompt", "-", "--stop", ":")
+    done = mlx_dist("generate", *words, num_ranks=2, stdin=QUESTION, cwd=tmp_path)
     assert done.code == 0
     assert done.out == greedy["text"] + "\n"
     assert "first token after" in done.err
@@ -57,24 +60,20 @@ def test_text_is_on_stdout_and_the_table_on_stderr(greedy):
 @pytest.mark.parametrize(
     "sampling",
     [
-        ("--temperature", "1", "--seed", "7"),
-        ("--temperature", "1.3", "--top-p", "0.9", "--seed", "1"),
-        ("--temperature", "1", "--top-k", "5", "--min-p", "0.05", "--seed", "2"),
-        ("--temperature", "1", "--repetition-penalty", "1.3", "--seed", "3"),
-        ("--presence-penalty", "1", "--frequency-penalty", "0.5", "--logit-bias", "300:5"),
+        "--temperature 1.3 --top-p 0.9 --top-k 50 --min-p 0.01",
+        "--repetition-penalty 1.3 --presence-penalty 1 --frequency-penalty 0.5 --logit-bias 300:5",
     ],
-    ids=" ".join,
 )
-def test_a_seed_fixes_the_tokens_at_any_cut(sampling):
-    alone = _answer(*sampling, "--max-tokens", "40")["text"]
-    for ranks, layers in ((2, "1,5"), (3, "2,3,1")):
-        got = _answer(*sampling, "--max-tokens", "40", "--layers", layers, ranks=ranks)["text"]
-        assert got == alone
+def test_a_seed_fixes_the_tokens_at_another_cut(sampling):
+    """At every cut: test_every_cut.py, with each sampling by itself."""
+    words = (*sampling.split(), "--seed", "7", "--max-tokens", "40")
+    alone = _answer(*words)["text"]
+    assert _answer(*words, "--layers", "2,3,1", ranks=3)["text"] == alone
 
 
 def test_seeds_differ():
-    texts = {_answer("--temperature", "1.5", "--seed", str(seed))["text"] for seed in range(4)}
-    assert len(texts) > 1
+    texts = {_answer("--temperature", "1.5", "--seed", str(seed))["text"] for seed in range(2)}
+    assert len(texts) == 2
 
 
 def test_stop_strings_end_the_text(greedy):
@@ -90,28 +89,15 @@ def test_a_stop_string_at_the_last_token_is_a_stop(greedy):
     assert answer["finish_reason"] == "stop"
 
 
-def test_a_colon_is_a_stop_string_like_any_other(greedy):
-    assert _answer("--stop", ":", ranks=2)["text"] == greedy["text"]
-
-
-def test_max_tokens_is_the_limit():
-    answer = _answer("--max-tokens", "3", ranks=2)
+def test_max_tokens_is_the_limit_and_chunks_change_no_token(greedy):
+    answer = _answer("--max-tokens", "3", "--prefill-chunk", "1", ranks=3)
     assert answer["completion_tokens"] == 3
     assert answer["finish_reason"] == "length"
-
-
-def test_a_prompt_comes_from_stdin(greedy):
-    answer = mlx_dist("generate", "--prompt", "-", "--json", num_ranks=2, stdin=QUESTION).json()
-    assert answer["text"] == greedy["text"]
-
-
-def test_chunks_of_the_prompt_do_not_change_the_answer(greedy):
-    for chunk in ("1", "3"):
-        assert _answer("--prefill-chunk", chunk, ranks=3)["text"] == greedy["text"]
+    assert greedy["text"].startswith(answer["text"])
 
 
 def test_dtype_changes_what_ranks_hold(greedy):
-    half = _answer("--dtype", "bfloat16", ranks=2)
+    half = _answer("--dtype", "bfloat16")
     assert half["text"]
     held = sum(rank["weights_bytes"] for rank in half["ranks"])
     full = sum(rank["weights_bytes"] for rank in greedy["ranks"])
@@ -126,25 +112,13 @@ def test_bench_measures_and_reports():
     assert result["ranks"][0]["sent_bytes"] == 3 * (20 + 4) * 96 * 4
     assert result["ranks"][1]["sent_bytes"] == 0
     assert all(rank["busy_s"] > 0 for rank in result["ranks"])
-    done = mlx_dist("bench", "-p", "8", "-g", "3", "-r", "1", num_ranks=2)
+    done = mlx_dist("bench", "-p", "8", "-g", "3", "-r", "1")
     assert "tokens/s" in done.out
 
 
 def test_version_and_help_start_no_ranks():
-    assert mlx_dist("--version").out.strip()
+    """Nor does the console script, which test_launchers.py lets answer."""
+    version = mlx_dist("--version").out.strip()
+    assert version
+    assert run([Path(sys.executable).parent / "mlx-dist", "--version"]).out.strip() == version
     assert "--prompt" in mlx_dist("generate", "--help").out
-
-
-def test_it_runs_from_any_folder(tmp_path, greedy):
-    done = mlx_dist("generate", "--prompt", QUESTION, "--json", num_ranks=2, cwd=tmp_path)
-    assert json.loads(done.out)["text"] == greedy["text"]
-
-
-def test_the_console_script_is_there(greedy):
-    import sys
-    from pathlib import Path
-
-    script = Path(sys.executable).parent / "mlx-dist"
-    assert (
-        run([script, "generate", "--prompt", QUESTION, "--json"]).json()["text"] == (greedy["text"])
-    )

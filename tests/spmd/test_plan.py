@@ -19,6 +19,17 @@ def test_the_ranks_of_a_job_are_planned_for(spmd_ranks):
     assert found["left_out"] == []
 
 
+def test_ranks_are_planned_for_as_a_group():
+    done = mlx_dist(
+        *("plan", "-n", "2", "--parallel", "tensor", "--context", "200", "--json"), timeout_s=110
+    )
+    found = done.json()
+    assert [stage["layers"] for stage in found["stages"]] == [[0, 6]] * 2
+    assert [stage["slice"]["weights"] for stage in found["stages"]] == [[1, 1]] * 2
+    # What was measured of sums, over ranks of one host.
+    assert all(0 < s["collectives_s"] < s["step_s"] for s in found["stages"])
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

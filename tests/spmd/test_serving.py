@@ -209,14 +209,16 @@ def test_an_idle_server_stays_ready(server):
     assert httpx2.get(f"{server.url}/ready").status_code == 200
 
 
-def test_a_key_is_asked_for():
-    with serving("--api-key", "secret") as server:
-        assert text(ask(server.client(api_key="secret")))
+def test_a_key_is_asked_for_and_is_in_no_message():
+    with serving(num_ranks=2, MLX_DIST_API_KEY="s3cret", MLX_DIST_TRACE="1") as server:
+        assert text(ask(server.client(api_key="s3cret")))
         for key in ("wrong", ""):
             with pytest.raises(openai.AuthenticationError):
                 ask(server.client(api_key=key or "x"))
         assert httpx2.get(f"{server.url}/health").status_code == 200
         assert httpx2.get(f"{server.url}/metrics").status_code == 401
+    assert any(" frame " in line for line in server.log)
+    assert not any("s3cret" in line for line in server.log)
 
 
 WEATHER = {
@@ -277,13 +279,6 @@ def test_draining_finishes_what_is_under_way():
             ask(client)
         assert [c.choices[0].finish_reason for c in chunks][-1] in ("length", "stop")
         assert server.process.wait(20) == 0
-
-
-def test_the_key_is_in_no_message():
-    with serving(num_ranks=2, MLX_DIST_API_KEY="s3cret", MLX_DIST_TRACE="1") as server:
-        assert ask(server.client(api_key="s3cret"))
-    assert any(" frame " in line for line in server.log)
-    assert not any("s3cret" in line for line in server.log)
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,34 @@ def test_families_are_equal_over_three_ranks(tmp_path, family, variant):
         assert (prompt["logits"], prompt["layers"], prompt["first_token"]) == (0, {}, None)
 
 
+def test_a_group_is_equal_within_rounding():
+    done = mlx_dist("verify", "--parallel", "tensor", "--json", num_ranks=2)
+    for prompt in done.json()["prompts"]:
+        assert prompt["is_equal"]
+        assert 0 < prompt["relative"] < prompt["rounding"] == 1e-5
+        assert (prompt["layers"], prompt["first_token"]) == ({}, None)
+
+
+def test_rounding_excuses_small_differences_and_near_ties_only():
+    logits = np.array([1, 0.5, -2], np.float32)
+    rounded, far = logits + np.float32(1e-5), logits + np.float32(1e-3)
+
+    def compare(own, token=0, rounding=1e-5):
+        return _compare("", [0, token], [0, 0], [[own, own]], [[logits, logits]], rounding, 3)
+
+    fine = compare(rounded)
+    assert fine.is_equal
+    assert fine.relative == pytest.approx(5e-6, rel=0.1)
+    assert not compare(rounded, rounding=0.0).is_equal
+    assert not compare(far).is_equal
+    assert compare(far).layers == {0: pytest.approx(1e-3, rel=0.1)}
+    assert not compare(rounded, token=1).is_equal
+    tie = np.array([1, 1 - 1e-6, -2], np.float32)
+    close = _compare("", [0, 1], [0, 0], [[tie, tie]], [[tie, tie]], 1e-5, 3)
+    assert close.is_equal
+    assert close.is_near_tie
+
+
 def test_a_leader_without_room_for_the_whole_model_ends_all():
     done = program("no_whole_model", num_ranks=2, timeout_s=30)
     assert done.code == 1

@@ -11,10 +11,13 @@ from mlx.utils import tree_flatten
 
 from benchmarks.tiny_models import NUM_LAYERS, Variant, tiny_config, write_tiny_model
 from mlx_dist.cluster.costs import ModelCosts
+from mlx_dist.cluster.placement import Slice
 from mlx_dist.config import Dtype
 from mlx_dist.errors import FamilyError, ModelError
 from mlx_dist.messages import KvCost
 from mlx_dist.model.costing import costs_of_config, costs_of_files
+from mlx_dist.model.counted import Counted
+from mlx_dist.model.dry_run import QuietGroup
 from mlx_dist.model.files import find_model
 from mlx_dist.model.stage import Stage
 from mlx_dist.model.weights import load_stage
@@ -75,6 +78,50 @@ def test_bytes_are_those_that_a_stage_loads(family, variant, tmp_path):
     for start, end in combinations(range(NUM_LAYERS + 1), 2):
         own = (a.nbytes for name, a in weights.items() if loaded.anatomy.owns(name, start, end))
         assert costs.weights_bytes(start, end) == sum(own)
+
+
+@pytest.mark.parametrize(
+    ("family", "variant", "weights"),
+    [
+        ("llama", Variant("tied", changes=TIED), (2, 1)),
+        ("llama", Variant("4-bit", quantize_bits=4), (1, 1)),
+        # More ranks than heads of keys and values, and some left with nothing.
+        ("qwen3_moe", Variant("plain"), (1, 1, 1, 1, 1)),
+        ("deepseek_v3", Variant("plain"), (3, 1)),
+    ],
+    ids=["llama tied", "llama 4-bit", "qwen3_moe", "deepseek_v3"],
+)
+def test_a_slice_costs_what_its_rank_loads_and_keeps(family, variant, weights, tmp_path):
+    write_tiny_model(family, tmp_path, variant)
+    files = find_model(str(tmp_path))
+    counted = Counted(files, Dtype.auto, fused=True)
+    whole = counted.of()
+    assert whole == costs_of_files(files, Dtype.auto)
+    assert (whole.entry_sums, whole.logits_bytes, whole.layers[0].sums) == ((), 0, ())
+    for place in range(len(weights)):
+        slice_ = Slice(place, weights)
+        costs = counted.of(slice_)
+        for start, end in SOME_CUTS:
+            loaded = load_stage(files, start, end, Dtype.auto, lambda _a, _b: None, slice_)
+            assert costs.weights_bytes(start, end) == loaded.weights_bytes
+            loaded.slicing.join(QuietGroup(len(weights)))
+            kept = Stage(loaded.model, loaded.anatomy, start, end).kv_cost()
+            assert _in_one([layer.kv for layer in costs.layers[start:end]]) == _in_one([kept])
+        # Attention, MLP and embedding are added up; logits are gathered.
+        assert costs.entry_sums == (costs.hidden_bytes,)
+        assert all(layer.sums == (costs.hidden_bytes,) * 2 for layer in costs.layers)
+        assert costs.logits_bytes >= costs.vocab_size * costs.hidden_bytes / 64
+
+
+def test_a_config_of_no_size_is_sliced_without_its_weights():
+    config = tiny_config("llama")
+    slice_ = Slice(0, (1, 1))
+    half = costs_of_config(config, name="m", bits=4, group_size=32, slice_=slice_)
+    whole = costs_of_config(config, name="m", bits=4, group_size=32)
+    assert half.layers[0].dense.num_weights == whole.layers[0].dense.num_weights / 2
+    assert half.head.num_weights == whole.head.num_weights / 2
+    assert half.layers[0].kv.growing[0][0] == whole.layers[0].kv.growing[0][0] / 2
+    assert half.layers[0].score_flops == whole.layers[0].score_flops / 2
 
 
 def test_bytes_are_of_the_dtype_that_is_asked_for(tmp_path):

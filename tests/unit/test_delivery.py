@@ -7,6 +7,7 @@ from unittest.mock import patch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mlx_dist.messages import Want
 from mlx_dist.model import delivery
 from mlx_dist.model.delivery import RawTensor
 from mlx_dist.model.feed import _schedule
@@ -40,7 +41,7 @@ orders = st.lists(st.lists(st.integers(0, 30), unique=True, max_size=20), min_si
 @given(orders)
 def test_each_rank_gets_what_it_wants_in_its_order(orders):
     tensors = [_tensor(place, (2,)) for place in range(31)]
-    schedule = _schedule(orders, tensors)
+    schedule = _schedule([[Want(place) for place in order] for order in orders], tensors)
     for rank, order in enumerate(orders):
         assert [each.tensor.place for each in schedule if each.rank == rank] == order
     assert len(schedule) == sum(map(len, orders))
@@ -48,7 +49,10 @@ def test_each_rank_gets_what_it_wants_in_its_order(orders):
 
 @given(orders)
 def test_no_rank_waits_while_another_gets_two(orders):
-    schedule = _schedule(orders, [_tensor(place, (2,)) for place in range(31)])
+    schedule = _schedule(
+        [[Want(place) for place in order] for order in orders],
+        [_tensor(place, (2,)) for place in range(31)],
+    )
     num_got = [0] * len(orders)
     for each in schedule:
         unfinished = [n for n, order in zip(num_got, orders, strict=True) if n < len(order)]

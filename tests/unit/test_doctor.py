@@ -102,6 +102,22 @@ def test_answers_are_compared(answered, are_alike, level, words):
     assert bool(finding.remedy) == (level is not Level.ok)
 
 
+@pytest.mark.parametrize(
+    ("answered", "level", "words"),
+    [
+        (events((1, -0.5), (7, -0.26), (9, -3.0)), Level.ok, "a near tie at the 2. token"),
+        (events((1, -0.5), (7, -0.75), (3, -1.0)), Level.fail, "from the 2. token"),
+        (events((1, -0.9), (7, -0.25), (3, -1.0)), Level.fail, "from the 2. token"),
+        ([], Level.fail, "from the 1. token"),
+    ],
+    ids=["near tie", "other", "unlikely before", "none"],
+)
+def test_a_group_may_decide_a_near_tie_otherwise(answered, level, words):
+    finding = prompts.compare("short prompt", "3 tokens", answered, OWN, True, adds_up=True)
+    assert finding.level is level
+    assert words in finding.found
+
+
 def test_a_damaged_file_of_the_hubs_cache_is_known_without_another(tmp_path):
     blobs = tmp_path / "blobs"
     blobs.mkdir()

@@ -12,6 +12,7 @@ import pytest
 from mlx_dist.errors import ConfigError
 from mlx_dist.serve.http import HttpServer
 from mlx_dist.serve.settings import HttpConfig
+from mlx_dist.serve.sockets import listen
 from tests.fake_llm import FakeLLM, post, served
 
 MODEL = "org/tiny"
@@ -162,6 +163,12 @@ def test_a_connection_that_rests_between_requests_stays(llm):
             assert connection.getresponse().read() == b'{"status":"ok"}'
             time.sleep(0.15)
         connection.close()
+
+
+def test_parts_of_an_answer_do_not_wait_for_the_client_to_acknowledge_others():
+    listener = listen("127.0.0.1", 0)
+    with listener, socket.create_connection(listener.getsockname()), listener.accept()[0] as there:
+        assert there.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_a_port_in_use_is_named(llm):

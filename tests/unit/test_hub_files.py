@@ -136,7 +136,7 @@ def test_the_scales_of_the_head_go_with_it(tmp_path):
 )
 def test_a_tensor_is_made_of_those_that_were_uploaded(tmp_path, family, name, num_raw):
     files = _as_on_hub(find_model(str(write_split(family, tmp_path))))
-    made_of = weights.raw_tensors_of(files, 2, 4, Dtype.auto)
+    made_of, _ = weights.raw_tensors_of(files, 2, 4, Dtype.auto)
     assert len(made_of[name]) == num_raw
     assert all(".layers.2." in raw for raw in made_of[name])
     assert {raw for raws in made_of.values() for raw in raws} == {

@@ -1,12 +1,16 @@
 """Frames hold what was put in, and nothing damaged passes for a message."""
 
+import tracemalloc
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks import fuzz_frames
 from mlx_dist.errors import ProtocolError
 from mlx_dist.messages import (
     HEADER_BYTES,
+    Beat,
     Close,
     Drop,
     Hidden,
@@ -32,10 +36,13 @@ from mlx_dist.messages import (
     Sampling,
     Shutdown,
     Speeds,
+    State,
     Step,
+    SumReport,
     Tensor,
     Tokens,
     Vitals,
+    Want,
     Wanted,
     decode,
     encode,
@@ -77,10 +84,12 @@ messages = st.one_of(
     ),
     st.builds(Tokens, counts, tokens, st.lists(logprobs, max_size=3), vitals),
     st.builds(Ping, counts, counts, st.binary(max_size=50)),
+    st.builds(SumReport, st.dictionaries(st.integers(1, 2**40), st.floats(0, 10))),
     st.builds(LinkReport, links, links, st.lists(st.none() | interfaces), st.lists(interfaces)),
     st.builds(Outcome, st.none() | st.text()),
+    st.builds(Beat, st.sampled_from(State), counts, st.floats(0, 9), st.floats(0, 9), st.text()),
     st.builds(Identity, st.text(), st.dictionaries(st.text(), st.text())),
-    st.builds(Placing, st.lists(st.tuples(counts, counts, counts))),
+    st.builds(Placing, st.lists(st.tuples(counts, counts, counts, counts, tokens))),
     st.builds(Holding, st.text(), st.text()),
     st.builds(
         Outline,
@@ -89,7 +98,9 @@ messages = st.one_of(
         st.dictionaries(st.text(), counts, max_size=3),
     ),
     st.builds(Part, st.binary(max_size=50)),
-    st.builds(Wanted, tokens),
+    st.builds(
+        Wanted, st.lists(st.builds(Want, counts, counts, st.lists(st.tuples(counts, counts))))
+    ),
     st.builds(Tensor, counts, counts),
     st.builds(Recording, st.lists(st.lists(st.binary()))),
     st.builds(
@@ -165,6 +176,32 @@ def test_another_wire_version_is_named():
 def test_a_known_message_of_the_wrong_kind_is_named():
     with pytest.raises(ProtocolError, match="Close arrived where Tokens was due"):
         expect(Close([3]), Tokens)
+
+
+def test_whatever_frames_come_nothing_but_an_error_of_the_protocol_does():
+    """`python -m benchmarks.fuzz_frames` does this a million times."""
+    fuzz_frames.fuzz(2_000, seed=1)
+    tracemalloc.start()
+    counts = fuzz_frames.fuzz(18_000, seed=2)
+    held_bytes, _peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held_bytes < 1_000_000
+    assert counts["refused by its frame"] > 5_000
+    assert counts["refused by its payload"] > 5_000
+    reached = {what.removeprefix("a message, ") for what in counts}
+    assert {kind.__name__ for kind in fuzz_frames.KINDS} <= reached
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [b"\x91\xa2\x81\x01", b"\x91\xa3a\nb", b"\x92\xa4Part\xdb\xff\xff\xff\xff", b"\x91" * 9999],
+    ids=["no UTF-8", "two lines", "a length without end", "deep"],
+)
+def test_a_payload_that_is_none_is_refused_in_one_line(payload):
+    with pytest.raises(ProtocolError) as refused:
+        decode(fuzz_frames.framed(payload), 7)
+    assert str(refused.value).startswith("frame 7 holds no known message")
+    assert str(refused.value).isprintable() and len(str(refused.value)) < 300
 
 
 def test_the_header_has_the_documented_size():

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_dist.cluster import prediction
-from mlx_dist.cluster.additions import Case, best_addition, what_would_fit
+from mlx_dist.cluster.additions import best_addition, what_would_fit
+from mlx_dist.cluster.case import Case
 from mlx_dist.cluster.costs import (
     LayerCost,
     Link,
@@ -20,13 +20,8 @@ from mlx_dist.cluster.costs import (
     Workload,
 )
 from mlx_dist.cluster.placement import Share, fits
-from mlx_dist.cluster.prediction import (
-    PREFILL_CHUNK,
-    overhead_bytes,
-    predict,
-    problem,
-    stage_s,
-)
+from mlx_dist.cluster.prediction import predict, stage_s
+from mlx_dist.cluster.problems import PREFILL_CHUNK, PROGRAM_HOP_S, overhead_bytes, problem
 from mlx_dist.cluster.steps import StepShape, interpolate, layer_time, stage_time
 from mlx_dist.config import Objective
 from mlx_dist.errors import PlacementError
@@ -175,7 +170,7 @@ def test_one_stream_goes_through_all_stages_and_hops():
     stages_s = [
         stage_s(machines[i], costs, *ends, 1, 1, 1000) for i, ends in ((0, (0, 4)), (1, (4, 6)))
     ]
-    hops_s = 1e-3 + 4000 / 1e6 + 5e-4 + 2 * prediction._PROGRAM_HOP_S
+    hops_s = 1e-3 + 4000 / 1e6 + 5e-4 + 2 * PROGRAM_HOP_S
     assert predicted.cached_tokens == 1000
     assert predicted.stream_tokens_per_s == pytest.approx(1 / (sum(stages_s) + hops_s))
     assert predicted.total_tokens_per_s == predicted.stream_tokens_per_s
@@ -214,7 +209,7 @@ def test_many_sequences_get_what_the_slowest_stage_or_the_way_allows(
             [stage_s(machines[s.machine], costs, s.start, s.end, n, 1, cached) for n in sizes]
             for s in placement
         ]
-        hop_s = prediction._PROGRAM_HOP_S + latency_s
+        hop_s = PROGRAM_HOP_S + latency_s
         num_hops = len(counts) if len(counts) > 1 else 0
         hops_s = num_hops * hop_s + max(0, num_hops - 1) * max(sizes) * 4000 / 1e9
         way_s = sum(s[0] for s in stages_s) + hops_s
@@ -238,7 +233,7 @@ def test_a_prompt_goes_through_the_pipe_in_chunks_that_overlap():
         shape = StepShape(1, size, cached, num_sampled)
         return stage_time(SPEEDS, costs, *ends, shape).total_s
 
-    hop_s = 1e-4 + prediction._PROGRAM_HOP_S
+    hop_s = 1e-4 + PROGRAM_HOP_S
     # The prompt's last token is a step of its own, right behind the others.
     short_s = step_s(99, 0, (0, 8)) + step_s(1, 99, (0, 8), 1)
     assert alone.ttft_s[100] == pytest.approx(short_s)

@@ -106,7 +106,7 @@ def test_a_failure_is_told_once_and_not_of_what_comes_next(model):
 
 
 def test_a_tensor_is_made_of_those_that_files_hold(model):
-    made_of = weights.raw_tensors_of(find_model(str(model)), 2, 4, Dtype.bfloat16)
+    made_of, _ = weights.raw_tensors_of(find_model(str(model)), 2, 4, Dtype.bfloat16)
     assert made_of == {name: (name,) for name in made_of}
     assert {name.split(".")[2] for name in made_of} == {"2", "3"}
 

@@ -28,7 +28,13 @@ from mlx_dist.model.stage import Stage
 from mlx_dist.model.weights import load_stage
 
 PROMPTS = ("What is a rank?", "Why does a pipeline need more than one microbatch in flight?")
-SAMPLINGS = (Sampling(), Sampling(temperature=1.0, top_p=0.95, seed=11, presence_penalty=0.5))
+SAMPLINGS = (
+    Sampling(),
+    Sampling(temperature=1.0, top_p=0.95, seed=11, presence_penalty=0.5),
+    Sampling(temperature=1.0, top_k=5, min_p=0.05, seed=2),
+    Sampling(temperature=1.3, repetition_penalty=1.3, logit_bias={300: 5}, seed=3),
+    Sampling(frequency_penalty=0.5),
+)
 
 
 def cuts(num_layers, num_ranks):
@@ -47,7 +53,7 @@ with join(Fabric(sys.argv[1])) as world:
         grammars = Grammars(files.folder, files.config, stage.vocab_size)
         rank = Rank(
             stage=stage,
-            transport=Transport(world, range(world.size)),
+            transport=Transport(world, [[rank] for rank in range(world.size)]),
             samplers=Samplers(stage.vocab_size, grammars.matcher),
             grammars=grammars,
             kv_room=KvRoom(stage.kv_cost(), 1 << 30),
@@ -60,8 +66,8 @@ with join(Fabric(sys.argv[1])) as world:
         ledger = KvLedger([rank.kv_room], slack=5)
         leader = Leader(rank, Scheduler(Batching(prefill_chunk=5), ledger, world.size))
         answers = []
-        for prompt, sampling in itertools.product(PROMPTS, SAMPLINGS):
-            tokens = tokenizer.encode_prompt(prompt, None)
+        for i, sampling in enumerate(SAMPLINGS):
+            tokens = tokenizer.encode_prompt(PROMPTS[i % len(PROMPTS)], None)
             request = Request(tokens, 24, sampling, tokenizer.stop_tokens)
             answers.append([e.token for e in leader.stream(request) if e.token is not None])
         leader.shutdown()

@@ -32,7 +32,7 @@ def same(a, b):
 
 
 with join(Fabric(sys.argv[1])) as world:
-    transport = Transport(world, range(world.size))
+    transport = Transport(world, [[rank] for rank in range(world.size)])
     is_last = world.rank == world.size - 1
     plans = [
         Open(0, [Opening(0, Sampling())]),

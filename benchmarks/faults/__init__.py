@@ -1,0 +1,1 @@
+"""Faults in a supervised server under load: what is noticed, lost, left and ready again."""
