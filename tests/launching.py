@@ -26,7 +26,7 @@ class Done:
     err: str
 
     def json(self) -> Any:
-        assert self.code == 0, self.err
+        assert self.code == 0 and self.out, self.err
         return json.loads(self.out)
 
     @property

@@ -61,9 +61,14 @@ class _Recorded(StandIn):
 class _Started(StandIn):
     """Stands for the first layer: sets off its computation while the others are being built."""
 
+    def __init__(self, layer: Any) -> None:
+        super().__init__(layer)
+        self.is_held_back = False
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         output = self._layer(*args, **kwargs)
-        mx.async_eval(hidden_output(output))  # type: ignore[no-untyped-call]
+        if not self.is_held_back:
+            mx.async_eval(hidden_output(output))  # type: ignore[no-untyped-call]
         return output
 
 
@@ -96,7 +101,7 @@ class Stage:
         for i in (*range(start), *range(end, anatomy.num_layers)):
             self._layers[i] = _Elsewhere(self._layers[i], anatomy.num_extras)
         if self.is_first:
-            self._layers[0] = _Started(self._layers[0])
+            self._layers[0] = self._started = _Started(self._layers[0])
         else:
             self._entrance = _Entrance(self._layers[start - 1], anatomy.num_extras)
             self._layers[start - 1] = self._entrance
@@ -147,7 +152,12 @@ class Stage:
         hidden_BLD = None
         if not self.is_first:
             hidden_BLD = mx.zeros(self.hidden_shape(*step.shape), self.hidden_dtype_in)
+        else:
+            # The sums of a tensor group would mix with what ranks say to each other meanwhile.
+            self._started.is_held_back = True
         self.forward(step, hidden_BLD)
+        if self.is_first:
+            self._started.is_held_back = False
         cost = self.slots.cost(0)
         self.slots.close([0])
         return cost

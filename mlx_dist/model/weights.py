@@ -216,6 +216,8 @@ def open_stage(
         convert(model, dtype)
         get_part = part_of or parts_of_files(files)
         cheaper = {name: partial(each.made, get_part) for name, each in pieces.items()}
+    # A class of mlx-lm's still knows them, and would keep what is read of them.
+    raw.clear()
     dropped = set() if slicing is None else slicing.dropped
     owned = _owned(model, anatomy, start, end)
     own = {name: array for name, array in owned if name not in dropped}

@@ -87,13 +87,14 @@ def test_a_rank_that_never_joins_is_given_up():
     assert "error: the mpi fabric has not come up within 2 s" in done.error_lines[0]
 
 
-@pytest.mark.parametrize("rank", [1, 2])
-@pytest.mark.parametrize("kind", ["KILL", "STOP"])
-def test_clients_are_told_before_the_end(rank, kind):
-    with serving(*SERVE, num_ranks=3, ends_with=137 if kind == "KILL" else 86) as server:
+@pytest.mark.parametrize(("kind", "rank", "num_ranks"), [("KILL", 1, 2), ("STOP", 2, 3)])
+def test_clients_are_told_before_the_end(kind, rank, num_ranks):
+    """mpirun leaves 250 ms once a rank is killed; after a verdict the first rank has its time."""
+    ends_with = 137 if kind == "KILL" else 86
+    with serving(*SERVE, num_ranks=num_ranks, ends_with=ends_with) as server:
         pids = pids_of(server)
-        client, started = server.client(), []
-        with ThreadPoolExecutor() as pool:
+        started = []
+        with server.client() as client, ThreadPoolExecutor(10) as pool:
             stream = pool.submit(what_a_stream_ends_with, client, started)
             answer = pool.submit(what_an_answer_ends_with, client)
             queued = [pool.submit(what_an_answer_ends_with, client) for _ in range(8)]
@@ -130,14 +131,17 @@ def test_a_rank_that_freezes_while_nothing_runs_is_found(rank):
     if rank == 0:
         assert re.search(r"error: rank \d \(.*\) ends: nothing was heard of rank 0 \(", log)
     else:
-        assert re.search(r"error: rank 1 \(.*\) is silent for 1.\d s; last it was idle", log)
+        assert re.search(
+            r"error: rank 1 \(.*\) is silent for 1.\d s; last it was (starting|idle)", log
+        )
 
 
 def test_a_failure_of_the_first_rank_itself_is_told(tmp_path):
     """An exception in the middle of a step, in the thread of the engine."""
     python = [str(PROGRAMS / "faulty.py"), "0", "decode", "raise", "serve", "--port", "0", *SERVE]
     with serving(command=mpirun_command(3, None, python), ends_with=86) as server:
-        error = what_a_stream_ends_with(server.client(), [])
+        with server.client() as client:
+            error = what_a_stream_ends_with(client, [])
         assert error.code == "ending"
     assert "ended by ValueError: a fault that a test made" in "".join(server.log)
 
@@ -145,8 +149,8 @@ def test_a_failure_of_the_first_rank_itself_is_told(tmp_path):
 def test_a_server_that_is_told_to_end_tells_its_clients():
     with serving(*SERVE, num_ranks=3, ends_with=1) as server:
         started = []
-        with ThreadPoolExecutor() as pool:
-            stream = pool.submit(what_a_stream_ends_with, server.client(), started)
+        with server.client() as client, ThreadPoolExecutor() as pool:
+            stream = pool.submit(what_a_stream_ends_with, client, started)
             wait_for(lambda: started)
             server.process.terminate()
             assert stream.result().code == "ending"
@@ -181,8 +185,9 @@ def _is_alive(pid):
 
 def what_a_stream_ends_with(client, is_running):
     try:
-        for chunk in client.completions.create(stream=True, **LONG):
-            is_running.append(chunk)
+        with client.completions.create(stream=True, **LONG) as stream:
+            for chunk in stream:
+                is_running.append(chunk)
     except openai.APIError as error:
         return error
     raise AssertionError("it ended")

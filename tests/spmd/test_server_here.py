@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -87,8 +88,9 @@ def test_a_state_of_before_a_reboot_is_taken_for_what_it_is(type_, tmp_path):
     """Its number belongs to another process by now, which must not be touched."""
     state = _state(tmp_path)
     with subprocess.Popen(["sleep", "60"]) as other:
+        job, hosts = secrets.token_hex(8), [socket.gethostname()]
         with state.lock():
-            state.write(ServerRecord(secrets.token_hex(8), other.pid, time.time(), [], [*_SERVE]))
+            state.write(ServerRecord(job, other.pid, time.time(), hosts, [*_SERVE]))
         assert type_("status").code == 3
         assert type_("down").code == 0
         assert other.poll() is None

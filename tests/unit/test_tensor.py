@@ -154,6 +154,15 @@ def test_a_half_of_a_stage_has_half_of_its_layers(tmp_path):
         assert sum(half.weights_bytes for half in halves) == whole.weights_bytes + norm_bytes
 
 
+def test_what_a_sequence_costs_is_found_without_a_sum(tmp_path, monkeypatch):
+    """Else ranks would be in a sum while they talk of other things on the same wire."""
+    write_tiny_model("llama", tmp_path)
+    stage = Rig(tmp_path).stage(0, NUM_LAYERS)
+    with monkeypatch.context() as patch:
+        patch.setattr(mx, "async_eval", lambda *_arrays: pytest.fail("something is computed"))
+        assert stage.kv_cost().bytes_for(1) > 0
+
+
 def test_a_bias_is_added_once(tmp_path):
     write_tiny_model("gpt_oss", tmp_path)
     slicings = [_slicing(tmp_path, Slice(place, EVEN)) for place in range(3)]
