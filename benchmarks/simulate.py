@@ -3,7 +3,7 @@
     python -m benchmarks.simulate [--stages 2,4,8]
 
 The real scheduler plans; every stage is a queue that works off steps in the order of planning,
-each in the time its size is given; the leader does as `mlx_dist.engine.program.Leader`: it runs
+each in the time its size is given; the leader does as `mlx_dist.engine.leader.Leader`: it runs
 its own stage for each plan and takes answers when there is none. Prints a markdown table.
 """
 
@@ -144,7 +144,7 @@ class Simulation:
             self.busy_s[i] += stage_s
             arrived_s = self._free_s[i] + self._hop_s
         tokens = [0] * len(step.rows) if step.sample else []
-        vitals = [Vitals(stage_s, 0, 0) for stage_s in seconds]
+        vitals = [Vitals(stage_s, 0, 0, 0) for stage_s in seconds]
         self._answers.append((arrived_s, Tokens(step.microbatch, tokens, [], vitals)))
         return self._free_s[0]
 

@@ -14,7 +14,8 @@ from mlx_dist.cluster.costs import Workload
 from mlx_dist.cluster.prediction import Prediction
 from mlx_dist.config import RunConfig
 from mlx_dist.engine.batching import Batching
-from mlx_dist.engine.program import Leader, Rank
+from mlx_dist.engine.leader import Leader
+from mlx_dist.engine.program import Rank
 from mlx_dist.engine.sequence import Event, Request
 from mlx_dist.engine.session import open_session
 from mlx_dist.errors import RequestError

@@ -44,6 +44,7 @@ STATS = Stats(
     busy_s=(1.5, 2.5),
     rank_slots=(2, 2),
     rank_kv_bytes=(7, 8),
+    rank_digests=(9, 9),
     last_step_age_s=0.1,
     is_draining=False,
     ranks=(RankInfo(0, "a", (0, 2), 1000), RankInfo(1, "b", (2, 4), 2000)),

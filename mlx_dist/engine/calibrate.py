@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from mlx_dist.cluster import memo
 from mlx_dist.engine.batching import StepTimes
-from mlx_dist.engine.program import Leader
+from mlx_dist.engine.leader import Leader
 from mlx_dist.messages import Close, Open, Opening, Row, Sampling, Step
 
 # Few: prompts cost more than the steps that are measured.

@@ -29,8 +29,9 @@ from mlx_dist.config import RunConfig, Weights
 from mlx_dist.engine.admission import Reuse
 from mlx_dist.engine.batching import Batching, parse_batching
 from mlx_dist.engine.kv import KvLedger, KvRoom
+from mlx_dist.engine.leader import Leader
 from mlx_dist.engine.placing import Layout, case_of, lay_out, measured
-from mlx_dist.engine.program import Leader, Rank, Spare
+from mlx_dist.engine.program import Rank, Spare
 from mlx_dist.engine.scheduler import Scheduler
 from mlx_dist.engine.text import Tokenizer
 from mlx_dist.engine.transport import Transport

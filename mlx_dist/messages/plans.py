@@ -120,11 +120,15 @@ Plan = Open | Step | Merge | Close | Keep | Drop | Probe | Shutdown
 
 
 class Vitals(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """One rank's state after its part of a plan: time it computed for it, and what it holds."""
+    """One rank's state after its part of a plan: time it computed for it, and what it holds.
+
+    `digest` is of its slots and kept entries, the same on every rank.
+    """
 
     step_s: float
     num_slots: int
     kv_bytes: int
+    digest: int
 
 
 class Hidden(Message, frozen=True):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -98,6 +99,16 @@ class SlotCaches:
         of_slots = (m.caches[i] for m in self._microbatches.values() for i in self._own)
         of_entries = (cache for entry in self._entries.values() for cache in entry.caches)
         return sum(cache.nbytes for cache in (*of_slots, *of_entries))
+
+    @property
+    def digest(self) -> int:
+        """A CRC-32 of what is open, in what order and how far, and of what is kept.
+
+        Ranks that have done the same plans have the same.
+        """
+        is_open = [(number, m.slots, m.lengths) for number, m in sorted(self._microbatches.items())]
+        kept = [(number, entry.num_tokens) for number, entry in sorted(self._entries.items())]
+        return zlib.crc32(repr((is_open, kept)).encode())
 
     def cost(self, microbatch: int) -> KvCost:
         """What a token costs here, by an open microbatch of one that has seen some."""

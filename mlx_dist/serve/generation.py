@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mlx_dist.engine.program import Leader
+from mlx_dist.engine.leader import Leader
 from mlx_dist.engine.reader import Piece, Reader, ToolCall
 from mlx_dist.engine.sequence import Event, Request
 from mlx_dist.messages import Logprobs

@@ -29,7 +29,8 @@ from mlx_dist.cluster.costs import Workload
 from mlx_dist.config import RunConfig
 from mlx_dist.engine import calibrate
 from mlx_dist.engine.batching import Batching, choose, parse_batching
-from mlx_dist.engine.program import Leader, Rank
+from mlx_dist.engine.leader import Leader
+from mlx_dist.engine.program import Rank
 from mlx_dist.engine.sequence import Request
 from mlx_dist.engine.session import Session, open_session
 from mlx_dist.engine.text import ChatPrompt, Tokenizer

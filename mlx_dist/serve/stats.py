@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from mlx_dist.engine.program import Leader
+from mlx_dist.engine.leader import Leader
 from mlx_dist.messages import Report
 
 
@@ -24,8 +24,8 @@ class Stats:
     """A moment's numbers. Tuples have one entry a rank; totals count from the start.
 
     `num_slots` bounds the sequences that run at a time; `prefix_bytes` is what kept prefixes take
-    on the fullest rank. `rank_slots` and `rank_kv_bytes` are what the ranks said with the last
-    answer, kept prefixes included; `last_step_age_s` is the time since that answer.
+    on the fullest rank. `rank_slots`, `rank_kv_bytes` and `rank_digests` are what the ranks said
+    with the last answer, kept prefixes included; `last_step_age_s` is the time since that answer.
     """
 
     num_waiting: int
@@ -44,6 +44,7 @@ class Stats:
     busy_s: tuple[float, ...]
     rank_slots: tuple[int, ...]
     rank_kv_bytes: tuple[int, ...]
+    rank_digests: tuple[int, ...]
     last_step_age_s: float
     is_draining: bool
     ranks: tuple[RankInfo, ...]
@@ -72,6 +73,7 @@ def stats_of(leader: Leader, reports: list[Report]) -> Stats:
         busy_s=tuple(leader.busy_s),
         rank_slots=tuple(v.num_slots for v in vitals),
         rank_kv_bytes=tuple(v.kv_bytes for v in vitals),
+        rank_digests=tuple(v.digest for v in vitals),
         last_step_age_s=time.monotonic() - leader.answered_at,
         is_draining=admission.is_draining,
         ranks=tuple(RankInfo(r.rank, r.host, r.layers, r.weights_bytes) for r in reports),

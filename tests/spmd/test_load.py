@@ -125,6 +125,7 @@ def test_many_at_once_get_what_each_gets_alone(capsys):
         # What is left on the ranks are prefixes kept for later.
         assert sum(stats["rank_kv_bytes"]) >= stats["prefix_bytes"] > 0
         assert stats["prefix_hits"] > 0
+        assert len(set(stats["rank_digests"])) == 1
     model, tokenizer = load(str(MODEL_DIR))
     num_different = 0
     with LLM(str(MODEL_DIR), batching="fixed:1,1,512", reuse_prefixes=False) as llm:

@@ -198,7 +198,7 @@ class Ranks:
             cached.tokens += tuple(row.tokens)
         self._cut_padding(m)
         tokens = [next_token(row.tokens, row.seed) for row in m.rows] if step.sample else []
-        vitals = [Vitals(0.01, len(self.slots), size) for size in self.slot_bytes()]
+        vitals = [Vitals(0.01, len(self.slots), size, 0) for size in self.slot_bytes()]
         return Tokens(step.microbatch, tokens, [], vitals)
 
     @staticmethod

@@ -60,7 +60,7 @@ samplings = st.builds(
     seed=st.integers(0, 2**64 - 1),
 )
 openings = st.builds(Opening, counts, samplings, st.none() | counts, counts, tokens)
-vitals = st.lists(st.builds(Vitals, st.floats(0, 9), counts, counts), max_size=3)
+vitals = st.lists(st.builds(Vitals, st.floats(0, 9), counts, counts, counts), max_size=3)
 logprobs = st.none() | st.builds(
     Logprobs, st.floats(-99, 0), st.lists(st.tuples(counts, st.floats(-99, 0)), max_size=3)
 )

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks.tiny_models import write_tiny_model
 from mlx_dist.config import Dtype
+from mlx_dist.engine.leader import Leader
 from mlx_dist.engine.program import Rank
 from mlx_dist.errors import ProtocolError
 from mlx_dist.messages import (
@@ -24,6 +25,8 @@ from mlx_dist.messages import (
     Sampling,
     Shutdown,
     Step,
+    Tokens,
+    Vitals,
 )
 from mlx_dist.model.cache import SlotCaches
 from mlx_dist.model.files import find_model
@@ -201,6 +204,19 @@ def loaded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llama")
     write_tiny_model("llama", folder)
     return load_stage(find_model(str(folder)), 0, 8, Dtype.auto, lambda *_: None)
+
+
+def test_ranks_that_hold_different_things_are_found():
+    rank = MagicMock()
+    rank.transport.group_sizes = [1, 1]
+    rank.transport.poll_tokens.return_value = Tokens(-1, [], [], [Vitals(0, 1, 8, digest=5)] * 2)
+    leader = Leader(rank, MagicMock(num_in_flight=1))
+    leader.turn()
+    vitals = [Vitals(0, 1, 8, digest=5), Vitals(0, 1, 8, digest=6)]
+    rank.transport.poll_tokens.return_value = Tokens(-1, [], [], vitals)
+    with pytest.raises(ProtocolError, match="no longer hold the same sequences"):
+        leader.turn()
+    assert leader.is_broken
 
 
 def test_any_plans_are_done_or_are_protocol_errors(loaded):

@@ -15,7 +15,8 @@ from mlx_dist.cluster.world import join
 from mlx_dist.config import Dtype, Fabric
 from mlx_dist.engine.batching import Batching
 from mlx_dist.engine.kv import KvLedger, KvRoom
-from mlx_dist.engine.program import Leader, Rank
+from mlx_dist.engine.leader import Leader
+from mlx_dist.engine.program import Rank
 from mlx_dist.engine.scheduler import Scheduler
 from mlx_dist.engine.sequence import Request
 from mlx_dist.engine.text import Tokenizer
