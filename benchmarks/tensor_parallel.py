@@ -3,9 +3,10 @@
     python -m benchmarks.tensor_parallel [--rounds 3] [--tokens 48] [--prompt 512] [--no-servers]
 
 A random float32 model of about 130 M parameters, one BLAS thread per process; all take turns,
-round by round, so that a noisy machine is noisy for all. Then what a layer's sum costs: one hidden
-vector, added up over 2 and 3 ranks by a bare call, and by the call as a layer makes it. At last
-the two servers, which have one stream each.
+round by round, so that a noisy machine is noisy for all. Among them are two ranks that never add up
+what they compute: no way to add it up could be faster on this machine. Then what a layer's sum
+costs: one hidden vector, added up over 2 and 3 ranks by a bare call, and by the call as a layer
+makes it. At last the two servers, which have one stream each.
 """
 
 from __future__ import annotations
@@ -76,6 +77,17 @@ with join(Fabric(sys.argv[1])) as world:
             print(sorted(times)[len(times) // 2] * 1e6)
 """
 
+_UNSUMMED = """
+from mlx_dist.cluster import ending
+ending.hold_back_sigterm()
+from mlx_dist.cluster.blas import preload_blas
+preload_blas(1)
+from mlx_dist.__main__ import main
+from mlx_dist.cluster.collective import TensorGroup
+TensorGroup.sum = lambda self, array: array
+main()
+"""
+
 _ENVIRONMENT = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
 
 
@@ -88,9 +100,26 @@ def _output(command: list[str]) -> str:
 
 def ours(model: Path, prompt: int, tokens: int, *arguments: str) -> tuple[float, float]:
     """Tokens a second of prompt and answer."""
-    command = [sys.executable, "-m", "mlx_dist", "bench", "--model", str(model), *arguments]
-    command += ["-p", str(prompt), "-g", str(tokens), "-r", "1", "--json"]
-    mean = json.loads(_output(command))["mean"]
+    command = [sys.executable, "-m", "mlx_dist", *_bench(model, prompt, tokens), *arguments]
+    return _rates(_output(command))
+
+
+def unsummed(model: Path, prompt: int, tokens: int) -> tuple[float, float]:
+    """As `ours`, of two ranks that compute their slices and never wait for each other in a layer.
+
+    What they say means nothing.
+    """
+    script = ["-c", _UNSUMMED, *_bench(model, prompt, tokens), "--parallel", "tensor"]
+    return _rates(_output(mpirun_command(2, None, script)))
+
+
+def _bench(model: Path, prompt: int, tokens: int) -> list[str]:
+    command = ["bench", "--model", str(model), "-p", str(prompt), "-g", str(tokens)]
+    return [*command, "-r", "1", "--json"]
+
+
+def _rates(said: str) -> tuple[float, float]:
+    mean = json.loads(said)["mean"]
     return float(mean["prompt_tokens_per_s"]), float(mean["generation_tokens_per_s"])
 
 
@@ -160,6 +189,7 @@ def _streams(model: Path, options: argparse.Namespace) -> None:
         "one rank": lambda: ours(model, prompt, tokens),
         "two ranks, pipeline": lambda: ours(model, prompt, tokens, *two, "pipeline"),
         "two ranks, tensor over mpi": lambda: ours(model, prompt, tokens, *two, "tensor"),
+        "two ranks, the same without sums": lambda: unsummed(model, prompt, tokens),
         "two ranks, tensor over ring": lambda: ours(
             model, prompt, tokens, *two, "tensor", "--fabric", "ring"
         ),
