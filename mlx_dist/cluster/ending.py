@@ -57,6 +57,7 @@ class Ending:
 
     def __init__(self, wire: MpiWire | None) -> None:
         self._wire = wire
+        self._parent = os.getppid()
         self._words: list[Callable[[], None]] = []
         self._lock = threading.Lock()
 
@@ -79,7 +80,7 @@ class Ending:
         self._say_last_words()
         time.sleep(max(0.0, _SAY_FIRST_S - (time.monotonic() - start_s)))
         if self._wire is not None:
-            _bury_mpirun()
+            self._bury_mpirun()
             aborting = threading.Thread(target=self._wire.abort, daemon=True)
             aborting.start()
             aborting.join(_ABORT_S)
@@ -88,6 +89,8 @@ class Ending:
     def leave(self, line: str) -> NoReturn:
         """Print `line` and end this rank, which knows of no other that hears it."""
         print(line, file=sys.stderr, flush=True)
+        if self._wire is not None:
+            self._bury_mpirun()
         os._exit(ABORT_CODE)
 
     def _await_sigterm(self) -> None:
@@ -97,18 +100,22 @@ class Ending:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         os.kill(os.getpid(), signal.SIGTERM)
 
+    def _bury_mpirun(self) -> None:
+        """See that mpirun, or its daemon on this host, is gone soon: with it go all it reaches.
+
+        Where the network is cut they wait for the other side for ever.
+        """
+        if os.getppid() != self._parent:
+            return
+        command = ["sh", "-c", _AFTER_ABORT, str(self._parent)]
+        none = subprocess.DEVNULL
+        subprocess.Popen(command, stdin=none, stdout=none, stderr=none, start_new_session=True)
+
     def _say_last_words(self) -> None:
         # A second thread that ends the process waits for the first one's words.
         with self._lock:
             while self._words:
                 self._words.pop()()
-
-
-def _bury_mpirun() -> None:
-    """See that mpirun, or its daemon on this host, is gone soon: with it go all that it reaches."""
-    nothing = subprocess.DEVNULL
-    command = ["sh", "-c", _AFTER_ABORT, str(os.getppid())]
-    subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True)
 
 
 @contextmanager
