@@ -65,9 +65,10 @@ class ModelCosts:
     """A model, or a slice of it.
 
     `head` turns the last hidden state into logits, for each token that is sampled. `hidden_bytes`
-    is one token's hidden state, as it crosses a cut. Of a slice, `entry_sums` are the bytes of
-    sums over its tensor group before the first layer, for a token, and `logits_bytes` those of the
-    logits that its ranks gather, for a token that is sampled.
+    is one token's hidden state, as it crosses a cut. `matrix` are the outputs and inputs of the
+    layers' largest matrix, for whoever measures how fast such are. Of a slice, `entry_sums` are the
+    bytes of sums over its tensor group before the first layer, for a token, and `logits_bytes`
+    those of the logits that its ranks gather, for a token that is sampled.
     """
 
     name: str
@@ -78,6 +79,7 @@ class ModelCosts:
     hidden_bytes: int
     vocab_size: int
     context_tokens: int | None = None
+    matrix: tuple[int, int] | None = None
     entry_sums: tuple[int, ...] = ()
     logits_bytes: int = 0
 

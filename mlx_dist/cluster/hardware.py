@@ -36,8 +36,11 @@ _DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16
 _QUANTIZED_BITS = (2, 3, 4, 5, 6, 8)
 _GROUP_SIZE = 64
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-# Up and down by turns, as in the layers of middling models.
+# Up and down by turns, as in the layers of middling models. On a CPU a weight takes up to twice as
+# long in one shape as in another, by how rows lie in caches and pages.
 _GPU_SHAPE, _CPU_SHAPE = (8192, 4096), (3072, 1024)
+# There must be some pairs of matrices, and of these shapes MLX quantizes all.
+_LEAST_PAIRS, _MULTIPLE = 4, 128
 # More than the caches of any chip, and not much of what is free.
 _MOST_BYTES, _MEMORY_SHARE = 256_000_000, 8
 # Of the time for a curve, what the making of matrices may take.
@@ -82,9 +85,12 @@ def machine_report(
     )
 
 
-def measure_speeds(dtype: str, bits: int, budget_s: float = 2.0) -> Speeds:
+def measure_speeds(
+    dtype: str, bits: int, matrix: tuple[int, int] | None = None, budget_s: float = 2.0
+) -> Speeds:
     """How fast MLX computes here, on its default device, with matrices of `dtype` and of `bits`.
 
+    On a CPU their outputs and inputs are about those of `matrix`, if given.
     Products, quantized products and all the rest take `budget_s` each at the most, unless a single
     product takes longer; sizes for which there is no time left are missing. With `bits` that MLX
     does not quantize to, nothing is measured of quantized products. Each value is the least of
@@ -94,8 +100,10 @@ def measure_speeds(dtype: str, bits: int, budget_s: float = 2.0) -> Speeds:
         raise ConfigError(f"dtype {dtype!r} is none of {', '.join(_DTYPES)}")
     kind = _DTYPES[dtype]
     most_bytes = min(_MOST_BYTES, available_bytes() // _MEMORY_SHARE)
-    product_s = _curve(kind, 0, most_bytes, budget_s)
-    quantized_s = _curve(kind, bits, most_bytes, budget_s) if bits in _QUANTIZED_BITS else {}
+    shape = _GPU_SHAPE if _is_gpu() else _shape(matrix or _CPU_SHAPE, kind, most_bytes)
+    product_s, quantized_s = _curve(kind, 0, shape, most_bytes, budget_s), {}
+    if bits in _QUANTIZED_BITS:
+        quantized_s = _curve(kind, bits, shape, most_bytes, budget_s)
     speeds = Speeds(
         dtype=dtype,
         bits=bits,
@@ -159,10 +167,19 @@ def _versions() -> dict[str, str]:
     return versions | {"mlx_dist": mlx_dist.__version__}
 
 
-def _curve(dtype: mx.Dtype, bits: int, most_bytes: int, budget_s: float) -> dict[int, float]:
+def _shape(matrix: tuple[int, int], dtype: mx.Dtype, most_bytes: int) -> tuple[int, int]:
+    """The larger and the smaller side of `matrix`, or less of it where it is large."""
+    wide, width = (max(side // _MULTIPLE, 1) * _MULTIPLE for side in (max(matrix), min(matrix)))
+    most_wide = most_bytes // (2 * _LEAST_PAIRS * width * dtype.size)
+    return min(wide, max(most_wide // _MULTIPLE, 1) * _MULTIPLE), width
+
+
+def _curve(
+    dtype: mx.Dtype, bits: int, shape: tuple[int, int], most_bytes: int, budget_s: float
+) -> dict[int, float]:
     """Seconds a weight for each number of tokens that there is time for; `bits` 0: unquantized."""
     end = time.perf_counter() + budget_s
-    wide, width = _GPU_SHAPE if _is_gpu() else _CPU_SHAPE
+    wide, width = shape
     pairs: list[Product] = []
     left_bytes = most_bytes
     while not pairs or (

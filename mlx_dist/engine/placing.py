@@ -161,7 +161,10 @@ def measured(
     All ranks measure at the same time, for so they will compute, or remember what they measured
     at an earlier start. With `is_fresh` nothing is remembered.
     """
-    said = {} if costs is None else {"dtype": costs.dtype, "bits": str(costs.bits)}
+    said = {}
+    if costs is not None:
+        said = {"dtype": costs.dtype, "bits": str(costs.bits)}
+        said |= {"matrix": "x".join(map(str, costs.matrix or ()))}
     gathered = world.control.all_gather(Identity(world.host, said))
     arithmetic = expect(gathered[world.leader_rank], Identity).facts
     own = machines[world.rank]
@@ -181,7 +184,9 @@ def measured(
     if all(machine.speeds for machine in known):
         return known
     with world.agreement():
-        speeds = hardware.measure_speeds(arithmetic["dtype"], int(arithmetic["bits"]))
+        outputs, _, inputs = arithmetic["matrix"].partition("x")
+        matrix = (int(outputs), int(inputs)) if outputs else None
+        speeds = hardware.measure_speeds(arithmetic["dtype"], int(arithmetic["bits"]), matrix)
     memo.keep("speeds", facts, speeds)
     return _gather(world, with_fields(own, speeds=speeds))
 

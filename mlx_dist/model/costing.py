@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,6 +114,7 @@ def _costs(
         hidden_bytes=math.prod(anatomy.hidden_tail) * hidden.size,
         vocab_size=anatomy.vocab_size,
         context_tokens=blueprint.context_tokens(config),
+        matrix=_largest(anatomy.layers),
         entry_sums=tuple(group.sums),
         logits_bytes=sum(group.gathers),
     )
@@ -168,6 +169,12 @@ def _matrices(root: nn.Module) -> Iterator[_Matrix]:
                 shape=array.shape,
                 is_expert=isinstance(module, SwitchLinear | QuantizedSwitchLinear),
             )
+
+
+def _largest(layers: Sequence[nn.Module]) -> tuple[int, int] | None:
+    """Outputs and inputs of the largest matrix, that of a single expert where there are some."""
+    shapes = [(m.shape[-2], m.num_inputs) for layer in layers for m in _matrices(layer)]
+    return max(shapes, key=math.prod, default=None)
 
 
 def _products(matrices: list[_Matrix], num_parts: int = 1) -> Products:

@@ -220,6 +220,14 @@ def test_speeds_have_every_part():
     assert speeds.stream_bytes_per_s > 0 and speeds.op_s > 0 and speeds.element_s > 0
 
 
+@pytest.mark.parametrize(
+    ("matrix", "measured"),
+    [((896, 2816), (2816, 896)), ((3000, 100), (2944, 128)), ((28672, 8192), (896, 8192))],
+)
+def test_matrices_are_measured_in_the_models_shape_if_there_is_room(matrix, measured):
+    assert hardware._shape(matrix, mx.float32, 256_000_000) == measured
+
+
 @pytest.mark.parametrize("bits", [0, 16, 7])
 def test_what_mlx_does_not_quantize_to_is_not_measured(bits):
     assert measure_speeds("bfloat16", bits, budget_s=0.05).quantized_s == {}
