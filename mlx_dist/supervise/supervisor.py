@@ -39,7 +39,7 @@ from mlx_dist.supervise.world import Ears, Recipe, World
 # What may be left after mpirun's end goes by itself, or is killed.
 _GRACE_S = 0.5
 # A host that has not said by then what is left there is away.
-_SWEEPS_S = 4.5
+_SWEEPS_S = 4.0
 _PROBE_EVERY_S = 10.0
 _PROBE_S = 4.0
 
