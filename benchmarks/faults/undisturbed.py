@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import signal
 import time
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from benchmarks.faults.site import Site
 from benchmarks.faults.trial import Load, Log, NotUpError
 
 _ASKS_SEED, _LONG_SEED = 1, 2
-_PER_STREAM = 2
+_PER_STREAM, _SHUFFLES = 2, 3
 _STARTS_S, _ENDS_S = 180.0, 60.0
 _REQUEST_S = 300.0
 # A host's kernels are compiled for the first of these steps; nothing is to be taken for stuck.
@@ -23,11 +24,11 @@ _PATIENT = ("--heartbeat-timeout-s", "100")
 def undisturbed(site: Site, flags: Sequence[str], num_streams: int) -> tuple[Load, float]:
     """The load, with the right answers, and the seconds from a server's start to its first answer.
 
-    A request whose answers differ when it is asked among other requests is left out: two candidates
-    for a token lie within the rounding that another batch shape brings.
+    A request whose answers differ when it is asked alone or among other requests is left out: two
+    candidates for a token lie within the rounding that another batch shape brings.
     """
     mixed, long = asks(_PER_STREAM * num_streams, _ASKS_SEED), asks(num_streams, _LONG_SEED, True)
-    every = [*mixed, *long]
+    every, draw = [*mixed, *long], random.Random(_ASKS_SEED)
     address = site.address()
     log = Log(site.folder / "undisturbed.log")
     start_s = time.monotonic()
@@ -39,10 +40,10 @@ def undisturbed(site: Site, flags: Sequence[str], num_streams: int) -> tuple[Loa
             time.sleep(0.02)
             log.look()
         load_s = time.monotonic() - start_s
-        runs = [
-            [every[i::num_streams] for i in range(num_streams)],
-            [every[::-1][i::num_streams] for i in range(num_streams)],
-        ]
+        orders = [every, every[::-1], *(draw.sample(every, len(every)) for _ in range(_SHUFFLES))]
+        runs = [[order[i::num_streams] for i in range(num_streams)] for order in orders]
+        # And each for itself.
+        runs.append([every])
         tallies = [Clients(address, streams, {}, _REQUEST_S).once() for streams in runs]
         if (supervisor := server.find("supervisor")) is not None:
             supervisor.send(signal.SIGTERM)

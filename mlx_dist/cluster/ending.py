@@ -36,10 +36,16 @@ kill -9 "$0"
 """
 _GUARD = """
 import os, select, signal, sys
-deadline_s, pid, line = sys.argv[1:]
+deadline_s, pid, line, *bury = sys.argv[1:]
 if not select.select([0], [], [], float(deadline_s))[0]:
     os.write(2, line.encode() + b"\\n")
     os.kill(int(pid), signal.SIGKILL)
+    if bury:
+        # mpirun waits until nobody has what it reads.
+        os.setsid()
+        for stream in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        os.execvp("sh", ["sh", "-c", *bury])
 """
 
 
@@ -129,6 +135,8 @@ def bounded(what: str, deadline_s: float) -> Iterator[None]:
         "hosts reach each other"
     )
     command = [sys.executable, "-IS", "-c", _GUARD, str(deadline_s), str(os.getpid()), line]
+    if mpi.world_size() > 1:
+        command += [_AFTER_ABORT, str(os.getppid())]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as guard:
         assert guard.stdin is not None
         with guard.stdin:

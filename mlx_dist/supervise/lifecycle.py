@@ -126,7 +126,6 @@ class Lifecycle:
             case Phase.draining if self._is_clean:
                 if self._is_renewing and not self.is_draining:
                     return self._start(now_s)
-                return self._finish()
             case Phase.starting | Phase.serving | Phase.draining:
                 self.reason = f"the ranks ended with code {code}"
             case Phase.ending:
@@ -139,7 +138,7 @@ class Lifecycle:
         """Nothing is left of the ranks, as far as hosts answer."""
         if self.phase is not Phase.sweeping:
             return []
-        if self._is_stopping:
+        if self._is_stopping or (self._is_clean and self.is_draining):
             return self._finish()
         if self.is_draining and not self._has_requests():
             return self._finish()
