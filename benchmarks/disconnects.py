@@ -1,6 +1,6 @@
 """Clients that leave at random moments: what they leave behind on every rank.
 
-    python -m benchmarks.disconnects [--ranks 3] [--num 1000] [--seed 0]
+    python -m benchmarks.disconnects [--ranks 3] [--num 1300] [--seed 0]
 
 They leave while they send, before the answer's head, in the queue, in the prompt, in the answer.
 Afterwards nothing may wait or hold a slot, no memory may be reserved, and the ranks must agree
@@ -131,7 +131,7 @@ async def _run(endpoint: Endpoint, num: int, seed: int) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=int, default=3)
-    parser.add_argument("--num", type=int, default=1250, help="clients; four in five leave")
+    parser.add_argument("--num", type=int, default=1300, help="clients; four in five leave")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     kind = Kind("disconnects", "mlx-dist", lambda start: _command(options.ranks, start), "/ready")
