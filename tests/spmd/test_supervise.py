@@ -154,11 +154,11 @@ def test_a_second_signal_ends_at_once(job):
     with pytest.raises(AssertionError, match="ended with 1"), supervised(job) as server:
         stream = server.client().completions.create(stream=True, **endless)
         next(stream)
-        server.process.send_signal(signal.SIGINT)
+        server.process.send_signal(signal.SIGTERM)
         # Two signals of a kind that come at once are one.
         while not any("draining" in line for line in server.log):
             time.sleep(0.01)
-        server.process.send_signal(signal.SIGINT)
+        server.process.send_signal(signal.SIGTERM)
         with pytest.raises(openai.APIError, match="ended before the answer"):
             list(stream)
         server.process.wait(20)
