@@ -8,6 +8,7 @@ are cut from; knows nothing of what a family is.
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
@@ -35,9 +36,10 @@ from mlx_dist.model.tensor import Slicing
 from mlx_dist.model.weights import build, load_stage
 
 # Of the largest logit. Sums of slices round differently, and in bfloat16 every layer passes that
-# on: the tiny granite differs by 0.2, and in one piece by 0.4 from what it is in float32. Quantized
-# weights are multiplied in float32.
-TOLERANCE = {"float32": 1e-5, "bfloat16": 0.25}
+# on. Quantized weights are multiplied in float32.
+TOLERANCE = {"float32": 1e-5, "bfloat16": 0.1}
+# The tiny one differs by 0.2, and in one piece by 0.4 from what it is in float32.
+_WIDER = {("granite", "bfloat16"): 0.25}
 SPLITS = ((1, 1), (1, 1, 1), (1, 1, 1, 1), (1, 1, 1, 1, 1), (3, 1))
 # One of several at which sequences share microbatches.
 _SHARED = (2, 1, 1)
@@ -124,7 +126,9 @@ def check_splits(
     """
     if batches:
         SlicedRig(folder, _SHARED).check_batches(pads=pads)
-    return [SlicedRig(folder, split).check(rig, TOLERANCE[dtype]) for split in SPLITS]
+    family = json.loads((folder / "config.json").read_text())["model_type"]
+    tolerance = _WIDER.get((family, dtype), TOLERANCE[dtype])
+    return [SlicedRig(folder, split).check(rig, tolerance) for split in SPLITS]
 
 
 class SlicedRig:

@@ -36,8 +36,8 @@ _DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16
 _QUANTIZED_BITS = (2, 3, 4, 5, 6, 8)
 _GROUP_SIZE = 64
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-# Up and down by turns, as in the layers of middling models. On a CPU a weight takes up to twice as
-# long in one shape as in another, by how rows lie in caches and pages.
+# Up and down by turns, as in the layers of middling models. On a CPU a weight may take much
+# longer in one shape than in another.
 _GPU_SHAPE, _CPU_SHAPE = (8192, 4096), (3072, 1024)
 # There must be some pairs of matrices, and of these shapes MLX quantizes all.
 _LEAST_PAIRS, _MULTIPLE = 4, 128

@@ -87,7 +87,10 @@ def test_a_rank_that_never_joins_is_given_up():
     assert "error: the mpi fabric has not come up within 2 s" in done.error_lines[0]
 
 
-@pytest.mark.parametrize(("kind", "rank", "num_ranks"), [("KILL", 1, 2), ("STOP", 2, 3)])
+@pytest.mark.parametrize(
+    ("kind", "rank", "num_ranks"),
+    [("KILL", 1, 2), ("KILL", 1, 3), ("KILL", 2, 3), ("STOP", 1, 3), ("STOP", 2, 3)],
+)
 def test_clients_are_told_before_the_end(kind, rank, num_ranks):
     """mpirun leaves 250 ms once a rank is killed; after a verdict the first rank has its time."""
     ends_with = 137 if kind == "KILL" else 86
