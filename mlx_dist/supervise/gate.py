@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import httpcore2
 
 from mlx_dist.serve.settings import LOOPBACK
+from mlx_dist.supervise.connections import Connections
 
 # Longer than what ends a connection from the other side: that one keeps 65 s.
 _IDLE_CONNECTION_S = 30.0
@@ -32,6 +33,7 @@ class Upstream:
             max_connections=None,
             max_keepalive_connections=None,
             keepalive_expiry=_IDLE_CONNECTION_S,
+            network_backend=Connections(),
         )
         return cls(port, secret.encode(), pool)
 
