@@ -159,13 +159,15 @@ class FakeLLM:
         self.opened = []
         self.stats_now = STATS
         self.error = None
+        self.is_full = False
         self.run = threading.Event()
         self.run.set()
         self.is_over = False
         threading.Thread(target=self.loop, daemon=True).start()
 
     def check_room(self, num):
-        pass
+        if self.is_full:
+            raise QueueFullError("the queue is full", 1.5)
 
     def open(self, prompt, params, *, tools=None, on_news, tokens_so_far=()):
         if self.error is not None:

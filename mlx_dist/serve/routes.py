@@ -18,7 +18,7 @@ from starlette.middleware.cors import CORSMiddleware
 import mlx_dist
 from mlx_dist.serve.body import json_route
 from mlx_dist.serve.failures import add_handlers, not_ready
-from mlx_dist.serve.guard import Guard
+from mlx_dist.serve.guard import Guard, Turnstile
 from mlx_dist.serve.jobs import Job, chat_job, check_grammar, check_model, completion_job
 from mlx_dist.serve.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from mlx_dist.serve.replies import ChatWriter, TextWriter
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from mlx_dist.serve.llm import LLM
 
 R = TypeVar("R", bound=GenerationRequest)
+_CHAT, _COMPLETE = "/v1/chat/completions", "/v1/completions"
+_GENERATION = frozenset({_CHAT, _COMPLETE})
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -42,7 +44,10 @@ def make_app(shim: Shim) -> FastAPI:
         shim.desk.open()
         yield
 
-    middleware = [Middleware(Guard, config=config, metrics=shim.metrics)]
+    middleware = [
+        Middleware(Guard, config=config, metrics=shim.metrics),
+        Middleware(Turnstile, paths=_GENERATION, check=lambda: shim.llm.check_room(1)),
+    ]
     if config.cors_origins:
         cors = Middleware(
             CORSMiddleware,
@@ -77,8 +82,6 @@ def _add_generation(app: FastAPI, shim: Shim) -> None:
 
     async def job_of(make: Callable[[LLM, HttpConfig, R, float], Job], request: R) -> Job:
         loop, arrived_s = asyncio.get_running_loop(), time.monotonic()
-        # Under a load that is too much, the few must not wait for the many to be encoded.
-        shim.llm.check_room(1)
         making = loop.run_in_executor(encoder, make, shim.llm, shim.config, request, arrived_s)
         job = await shim.desk.unless_closed(making)
         if job.params.sampling.grammar is not None:
@@ -86,11 +89,11 @@ def _add_generation(app: FastAPI, shim: Shim) -> None:
             await shim.desk.unless_closed(checking)
         return job
 
-    @app.post("/v1/chat/completions")
+    @app.post(_CHAT)
     async def chat(request: ChatRequest) -> Response:
         return Answer(shim, await job_of(chat_job, request), ChatWriter)
 
-    @app.post("/v1/completions")
+    @app.post(_COMPLETE)
     async def complete(request: CompletionRequest) -> Response:
         return Answer(shim, await job_of(completion_job, request), TextWriter)
 

@@ -41,6 +41,24 @@ def test_none_is_left_if_the_last_of_many_is_refused(llm):
         assert llm.wait_until_idle()
 
 
+def test_a_full_server_reads_no_requests(llm):
+    llm.is_full = True
+    with served(llm) as server:
+        http = server.http()
+        for path, body in ((CHAT, ASK), (CHAT, {"model": 1}), ("/v1/completions", {"no": "field"})):
+            answer = http.post(path, json=body)
+            assert answer.status_code == 429
+            assert answer.headers["retry-after"] == "2"
+            assert answer.json()["error"]["code"] == "queue_full"
+        # Everything else is answered, on the same connection.
+        assert http.post(CHAT, content=b"{}", headers={"content-type": "x/y"}).status_code == 415
+        assert http.get("/v1/models").status_code == 200
+        assert http.get(CHAT).status_code == 405
+        assert not llm.opened
+        llm.is_full = False
+        assert http.post(CHAT, json=ASK).status_code == 200
+
+
 @pytest.mark.parametrize("is_held", [False, True], ids=["generating", "before the first token"])
 @pytest.mark.parametrize("is_streamed", [False, True], ids=["whole", "stream"])
 def test_everything_is_cancelled_when_the_client_goes(llm, is_streamed, is_held):
