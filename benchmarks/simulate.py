@@ -3,8 +3,9 @@
     python -m benchmarks.simulate [--stages 2,4,8]
 
 The real scheduler plans; every stage is a queue that works off steps in the order of planning,
-each in the time its size is given; the leader does as `mlx_dist.engine.leader.Leader`: it runs
-its own stage for each plan and takes answers when there is none. Prints a markdown table.
+each in the time its size is given; the leader does as `mlx_dist.engine.leader.Leader`: it takes
+an answer that has come, runs its own stage for the next plan, and waits when there is none. Prints
+a markdown table.
 """
 
 from __future__ import annotations
@@ -114,6 +115,8 @@ class Simulation:
         while now_s < end_s:
             while self._coming and self._coming[0][0] <= now_s:
                 self._submit(heapq.heappop(self._coming)[2], now_s)
+            if self._answers and self._answers[0][0] <= now_s:
+                self.scheduler.accept(self._answers.popleft()[1])
             plan = self.scheduler.next_plan()
             self._hear(now_s)
             if isinstance(plan, Step):

@@ -18,6 +18,8 @@ _WORTHWHILE = 1.05
 # Prompts may lengthen a stream's gaps between tokens to this many times what they are.
 _LONGEST_GAP = 2.2
 _TYPICAL_PROMPT = 2048
+# A step that takes so many times the shortest there is, is mostly arithmetic.
+_OF_LEAST_STEP = 2.0
 
 Curve = Mapping[int, tuple[float, ...]]
 
@@ -68,6 +70,11 @@ class StepTimes:
         step_s = round_s * min(_LONGEST_GAP - 1, _LONGEST_GAP / num_stages)
         return self.prefill_within(step_s / slowdown)
 
+    @property
+    def least_worthwhile_prefill(self) -> int:
+        """Prompt tokens below which a step is mostly what any step takes, however small."""
+        return self.prefill_within(_OF_LEAST_STEP * self.prefill_s(min(self.prefill)))
+
     def prefill_within(self, seconds: float) -> int:
         """The most prompt tokens whose step keeps every stage busy for no longer.
 
@@ -96,16 +103,20 @@ class Batching:
     times: StepTimes | None = None
     pads: bool = True
 
-    def prefill_tokens(self, decoding: list[int], slowdown: float) -> int:
+    def prefill_tokens(self, decoding: list[int], slowdown: float, is_crowded: bool = False) -> int:
         """The prompt tokens of the next step, beside microbatches of these sizes.
 
-        `slowdown` is how much longer the last ones took than their times say.
+        `slowdown` is how much longer the last ones took than their times say. Where it `is_crowded`
+        by those who wait, no step is so small that it would only make them wait longer.
         """
         if not decoding:
             return self.prefill_chunk
         if self.times is None:
             return min(self.prefill_share, self.prefill_chunk)
-        return min(self.times.prefill_beside(decoding, slowdown), self.prefill_chunk)
+        most = self.times.prefill_beside(decoding, slowdown)
+        if is_crowded:
+            most = max(most, self.times.least_worthwhile_prefill)
+        return min(most, self.prefill_chunk)
 
 
 def choose(times: StepTimes, num_stages: int, most_sequences: int) -> Batching:

@@ -21,13 +21,14 @@ from mlx_dist.messages import Close, Logprobs, Merge, Open, Plan, Row, Step, Tok
 _NO_REUSE = Reuse()
 # Prompts in the making at a time, so that a short one need not wait for a long one.
 _MOST_GROUPS = 2
-# Decoding steps between steps of prompts, which may take as long as these. One long step among
-# many short ones is what the stages behind it wait for.
+# Decoding steps between steps of prompts, which may take as long as these: so many, and one more
+# for a better moment. One long step among many short ones is what the stages behind it wait for.
 _STEPS_BETWEEN = 2
 # How much the last prefill step says of the next one's time.
 _SLOWDOWN_WEIGHT = 0.5
-# What a prompt of many steps takes of a step's tokens, so that several streams hardly notice it.
-_LONG_PROMPT_SHARE = 0.6
+# What a prompt of many steps takes of a step's tokens, so that several streams hardly notice it:
+# with one or two stages, and with more, beside whose rounds a step is shorter.
+_LONG_PROMPT_SHARE, _LONG_PROMPT_SHARE_OF_MANY = 0.6, 0.7
 # A step that takes so much longer than it should says nothing of the next one.
 _NOISE = 0.1
 
@@ -233,10 +234,11 @@ class Scheduler:
         num_busy = sum(bool(m.decoding) for m in self._microbatches)
         if self._num_decoded < min(num_busy, _STEPS_BETWEEN):
             return False
-        # Better when the pipe is full: behind a prompt that enters before, stages run dry.
+        # Better when the pipe is full: behind a prompt that enters before, stages run dry. Where
+        # answers come as fast as steps are planned it never is, and a lone stage has none behind.
         num_out = sum(m.is_in_flight for m in self._microbatches)
-        is_full = num_out >= min(num_busy, self._num_stages)
-        return is_full or self._num_decoded >= num_busy + _STEPS_BETWEEN
+        is_full = self._num_stages == 1 or num_out >= min(num_busy, self._num_stages)
+        return is_full or self._num_decoded > _STEPS_BETWEEN
 
     def _plan_decode(self, microbatch: _Microbatch) -> None:
         microbatch.is_in_flight = True
@@ -286,7 +288,9 @@ class Scheduler:
             if len(prefill.sequences) == 1:
                 if num_tokens > most and self._num_decoding > 1:
                     # Every round has one, not just now and then.
-                    most = max(1, int(_LONG_PROMPT_SHARE * most))
+                    is_long_pipe = self._num_stages > 2
+                    share = _LONG_PROMPT_SHARE_OF_MANY if is_long_pipe else _LONG_PROMPT_SHARE
+                    most = max(1, int(share * most))
                 ahead = [
                     border - sequence.position
                     for border in self.admission.borders(sequence.request)
@@ -333,9 +337,11 @@ class Scheduler:
         are not served faster at the cost of the others.
         """
         slowdown = max(1.0, self._slowdown - _NOISE)
+        num_waiting = len(self.admission.waiting)
+        is_crowded = num_waiting > 1
         if not self._num_decoding:
-            return self.batching.prefill_tokens([], slowdown)
-        total = self.num_active + len(self.admission.waiting)
+            return self.batching.prefill_tokens([], slowdown, is_crowded)
+        total = self.num_active + num_waiting
         num_microbatches = min(total, len(self._microbatches))
         size = min(-(-total // num_microbatches), self.batching.max_sequences)
-        return self.batching.prefill_tokens([size] * num_microbatches, slowdown)
+        return self.batching.prefill_tokens([size] * num_microbatches, slowdown, is_crowded)

@@ -114,3 +114,14 @@ def test_what_the_flag_says():
 def test_what_it_cannot_say(text):
     with pytest.raises(ConfigError, match="fixed:MICROBATCHES"):
         parse_batching(text)
+
+
+@given(step_times(), st.lists(st.integers(1, 32), min_size=1, max_size=5), st.floats(0.2, 5.0))
+def test_where_many_wait_no_step_is_mostly_overhead(times, sizes, slowdown):
+    batching = Batching(5, 32, 512, times=times)
+    alone = batching.prefill_tokens(sizes, slowdown)
+    crowded = batching.prefill_tokens(sizes, slowdown, is_crowded=True)
+    assert crowded >= alone
+    if crowded > alone:
+        least_s = times.prefill_s(min(times.prefill))
+        assert times.prefill_s(crowded) <= 2 * least_s * (1 + 1e-9)

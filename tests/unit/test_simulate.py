@@ -77,6 +77,17 @@ def test_a_crowd_fills_the_microbatches(num_stages):
     assert max(sim.busy_s) > 0.8 * 40.0
 
 
+def test_a_lone_stage_serves_a_crowd():
+    """Its answers are there before the next step is planned, so it is never seen busy."""
+    decode = {1: (0.037,), 4: (0.044,), 16: (0.056,), 64: (0.132,)}
+    times = StepTimes(decode, {8: (0.038,), 32: (0.070,), 128: (0.229,), 512: (1.04,)})
+    arrivals = closed_loop(16, prompt_tokens=32, max_tokens=32)
+    sim = Simulation(1, choose(times, 1, 16), step_cost(times), 0.0, arrivals, end_s=40.0)
+    request_s = times.prefill_s(31) + 32 * times.decode_s(16) / 16
+    assert sim.rate(20.0, 40.0) > 0.8 * 32 / request_s
+    assert percentile(sim.ttfts_s(20.0, 39.0), 99) < 4 * times.prefill_s(31)
+
+
 def test_short_prompts_pass_a_long_one():
     times = even_times(2, HOP_S)
     long, short = Arrival(0.0, 8192, 4), [Arrival(0.5 + i / 10, 16, 4) for i in range(10)]
