@@ -34,7 +34,7 @@ def _run(config: RunConfig, http: HttpConfig, blas: str, line: Line) -> None:
     # Ends a process by default; only the first rank has something to do.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     with display.progress_bar("loading", launch.is_first_rank(), in_bytes=True) as progress:
-        llm = LLM(config, blas=blas, progress=progress)
+        llm = LLM(config, blas=blas, progress=progress, met=lambda: line.say(Word.met))
     with llm:
         secret = secrets.token_hex(16) if line.is_supervised else None
         server = HttpServer(llm, http, secret)

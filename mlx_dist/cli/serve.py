@@ -146,6 +146,7 @@ def _supervise(run: Run, http: HttpConfig, drain_s: float, resume_s: float) -> N
         can_replan=isinstance(run.config.layers, Split),
         http=http,
         limits=Limits(drain_s=drain_s),
+        heartbeat_timeout_s=run.config.heartbeat_timeout_s,
         resume_s=resume_s,
     )
     sys.exit(run_supervisor(plan))

@@ -27,12 +27,14 @@ _SAY_FIRST_S = 0.1
 # Where the network is cut, MPI_Abort may not return, and mpirun waits for ever for the other side.
 _ABORT_S = 3.0
 # Outlives this rank, which mpirun kills.
+# mpirun's children are ssh, too, which waits for a host that is cut off as long as mpirun would.
 _AFTER_ABORT = """
+children=$(pgrep -P "$0")
 for _ in $(seq 30); do
-    kill -0 "$0" || exit 0
+    kill -0 "$0" || break
     sleep 0.1
 done
-kill -9 "$0"
+kill -9 "$0" $children
 """
 _GUARD = """
 import os, select, signal, sys

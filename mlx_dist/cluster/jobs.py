@@ -1,4 +1,4 @@
-"""The processes of one job on the host where this runs: finding and ending them, and no others.
+"""The processes of one job on the host where this runs: finding, watching and ending them.
 
 A job's processes have its id in their command line or environment. Sent to other hosts as text
 (`cluster.remote`), so this imports the standard library only.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ VARIABLES = ("MLX_DIST_JOB", "PRTE_MCA_mlx_dist_job")
 OPTION = "mlx_dist_job"
 _LOOK_EVERY_S = 0.05
 _KILLED_WITHIN_S = 3.0
+WELL, STOPPED = "well", "stopped"
 _SHOWN_CHARACTERS = 200
 
 
@@ -51,6 +53,36 @@ def end(job: str, grace_s: float) -> dict[str, list[str]]:
         time.sleep(_LOOK_EVERY_S)
         left = processes(job)
     return {"killed": killed, "left": list(left.values())}
+
+
+def watch(job: str, tick_s: float, lease_s: float) -> None:
+    """Until stdin ends, print each `tick_s` WELL, or STOPPED and what was stopped of `job`.
+
+    When nothing has come from stdin for `lease_s`, this host is cut off, and nobody else can end
+    what runs of `job` here.
+    """
+    heard_s = time.monotonic()
+    while time.monotonic() - heard_s < lease_s:
+        stopped = [command for pid, command in processes(job).items() if _state(pid) == "T"]
+        print(f"{STOPPED} {stopped[0]}" if stopped else WELL, flush=True)
+        time.sleep(tick_s)
+        if select.select([0], [], [], 0)[0]:
+            if not os.read(0, 1024):
+                return
+            heard_s = time.monotonic()
+    end(job, 0)
+
+
+def _state(pid: int) -> str:
+    """What `ps` calls a process's state, or nothing for one that has just ended."""
+    command = ["ps", "-o", "state=", "-p", str(pid)]
+    if sys.platform != "linux":
+        return _as_text(subprocess.run(command, stdout=subprocess.PIPE, check=False).stdout)[:1]
+    try:
+        # Behind the command's name, which may be anything.
+        return Path("/proc", str(pid), "stat").read_text().rpartition(") ")[2][:1]
+    except OSError:
+        return ""
 
 
 def _on_linux(job: str) -> dict[int, str]:

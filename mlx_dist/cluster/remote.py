@@ -86,6 +86,14 @@ def agent() -> list[str]:
     return words
 
 
+def words_for(host: str, command: Sequence[str]) -> list[str]:
+    """What runs `command` on `host`."""
+    if is_this_machine(host):
+        return list(command)
+    # As one word: ssh joins its words with spaces, and a shell takes them apart again.
+    return [*agent(), host, shlex.join(command)]
+
+
 def require_reached(hosts: Sequence[str]) -> None:
     """Raises LaunchError, which names them, if ssh does not reach some of `hosts`.
 
@@ -116,8 +124,7 @@ def call_on_all(
 
     The module goes there as text, so that mlx_dist need not be there: it may import nothing else.
     """
-    assert module.__file__ is not None
-    source = Path(module.__file__).read_text(encoding="utf-8")
+    source = source_of(module)
     texts = {
         host: f"{source}\nimport json\nprint(json.dumps({function}(**{values!r})), flush=True)\n"
         for host, values in arguments.items()
@@ -125,9 +132,14 @@ def call_on_all(
     return run_on_all(list(texts), [python(), "-c", _READ_STDIN], texts, deadline_s)
 
 
+def source_of(module: ModuleType) -> str:
+    """The text of `module`, to be run on a host that may not have it."""
+    assert module.__file__ is not None
+    return Path(module.__file__).read_text(encoding="utf-8")
+
+
 def _run_on(host: str, command: Sequence[str], stdin: str, deadline_s: float) -> Answer:
-    # As one word: ssh joins its words with spaces, and a shell takes them apart again.
-    words = list(command) if is_this_machine(host) else [*agent(), host, shlex.join(command)]
+    words = words_for(host, command)
 
     def answer(code: int | None, out: str, err: str) -> Answer:
         return Answer(host, code, out, err, deadline_s, time.time())

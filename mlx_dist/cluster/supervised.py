@@ -27,6 +27,8 @@ class Word(StrEnum):
 
     up = "up"
     """It runs, and so do the others: mpirun starts all or none."""
+    met = "met"
+    """It has met the others: from now on ranks notice which of them is silent."""
     ready = "ready"
     """PORT SECRET NAME: it serves the model NAME on that port of this machine."""
     drained = "drained"

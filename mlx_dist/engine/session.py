@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 
@@ -196,15 +196,20 @@ class Session:
 
 
 @contextmanager
-def open_session(config: RunConfig, blas: str) -> Iterator[Session]:
+def open_session(
+    config: RunConfig, blas: str, met: Callable[[], None] = lambda: None
+) -> Iterator[Session]:
     """Join the world, find `config.model` and check that all ranks can run it together.
 
+    `met` is called when this rank watches over the others, or is watched over by the first.
     Raises AgreedError, the same on every rank, if any rank cannot.
     """
-    with (
-        join(config.fabric, config.jaccl_devices, config.heartbeat_timeout_s) as world,
-        found_model(world, config, _say) as files,
-    ):
+    with ExitStack() as stack:
+        world = stack.enter_context(
+            join(config.fabric, config.jaccl_devices, config.heartbeat_timeout_s)
+        )
+        met()
+        files = stack.enter_context(found_model(world, config, _say))
         tokenizer = None
         with world.agreement():
             if world.is_leader:

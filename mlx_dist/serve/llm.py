@@ -66,13 +66,15 @@ class LLM:
         blas: str | None = None,
         progress: Progress = lambda _done, _total: None,
         before_load: Callable[[Tokenizer], None] = lambda _tokenizer: None,
+        met: Callable[[], None] = lambda: None,
         **options: Any,
     ) -> None:
         """Join the other ranks and load this one's part of the model.
 
         `model` is a folder or a hub id, with the fields of `RunConfig` as options, or a
         `RunConfig`. On ranks but the first this serves until the first is closed, and then ends
-        the process. `before_load` may refuse, on the first rank, before any weights are read.
+        the process. `before_load` may refuse, on the first rank, before any weights are read; `met`
+        is called on every rank when all have met.
         Raises MlxDistError, on every rank, if any rank cannot take part.
         """
         self._is_closed = False
@@ -80,7 +82,7 @@ class LLM:
         parse_batching(config.batching)
         blas = blas or preload_blas(launch.threads_per_rank())
         with ExitStack() as stack:
-            session = stack.enter_context(open_session(config, blas))
+            session = stack.enter_context(open_session(config, blas, met))
             with session.world.agreement():
                 if session.tokenizer is not None:
                     before_load(session.tokenizer)

@@ -120,6 +120,15 @@ class Lifecycle:
         """The first rank is no more. The others, and mpirun, mostly go by themselves."""
         return self._fall(reason, now_s + self._limits.falls_s)
 
+    def lost_sight(self, reason: str, now_s: float) -> list[Order]:
+        """A host or a rank is silent, and the ranks, which have not met, will not notice soon."""
+        if self.phase is not Phase.starting:
+            return []
+        self.reason = reason
+        self._is_killed = True
+        self._enter(Phase.ending, now_s + self._limits.goes_s)
+        return [Order.kill]
+
     def exited(self, code: int, now_s: float) -> list[Order]:
         """mpirun, or the only rank, has ended. Its code says little."""
         match self.phase:

@@ -32,6 +32,7 @@ from mlx_dist.serve.settings import HttpConfig
 from mlx_dist.serve.sockets import allow_files, listen, uvicorn_config
 from mlx_dist.supervise.gate import Gate, Upstream
 from mlx_dist.supervise.lifecycle import Lifecycle, Limits, Order, Phase
+from mlx_dist.supervise.lookout import Lookout
 from mlx_dist.supervise.relay import relay_app
 from mlx_dist.supervise.roster import Roster, without_limits_of
 from mlx_dist.supervise.world import Ears, Recipe, World
@@ -52,7 +53,7 @@ class Plan:
     """What is supervised: `mlx-dist ARGUMENTS` on the ranks of `roster`, behind `http`.
 
     `hostfile` is what the roster was read from, if anything. With `can_replan` the layers may be
-    cut anew for fewer ranks.
+    cut anew for fewer ranks. Ranks that are silent for `heartbeat_timeout_s` are taken for lost.
     """
 
     arguments: Sequence[str]
@@ -62,6 +63,7 @@ class Plan:
     http: HttpConfig
     limits: Limits
     resume_s: float
+    heartbeat_timeout_s: float
 
 
 def run_supervisor(plan: Plan) -> int:
@@ -69,13 +71,16 @@ def run_supervisor(plan: Plan) -> int:
 
     Raises ConfigError or LaunchError for what can be known before anything is started.
     """
+    asked_s = time.monotonic()
     if len(plan.roster.hosts) > 1:
         require_reached(plan.roster.hosts)
+    # Hosts on which even this takes longer cannot be watched while ranks join.
+    is_prompt = time.monotonic() - asked_s < plan.heartbeat_timeout_s
     # A connection to the client and one to the shim.
     allow_files(2 * plan.http.max_connections)
     listening = listen(plan.http.host, plan.http.port)
     with tempfile.TemporaryDirectory(prefix="mlx-dist-") as folder:
-        return asyncio.run(_Supervisor(plan, Path(folder)).run(listening))
+        return asyncio.run(_Supervisor(plan, Path(folder), is_prompt).run(listening))
 
 
 class _Server(uvicorn.Server):
@@ -87,8 +92,10 @@ class _Server(uvicorn.Server):
 
 
 class _Supervisor:
-    def __init__(self, plan: Plan, folder: Path) -> None:
+    def __init__(self, plan: Plan, folder: Path, looks_out: bool) -> None:
         self._plan = plan
+        self._looks_out = looks_out
+        self._lookout: Lookout | None = None
         self._folder = folder
         self._roster = plan.roster
         self._url = ""
@@ -177,6 +184,7 @@ class _Supervisor:
             case Order.kill, World() as world:
                 world.kill()
             case Order.sweep, world:
+                await self._look_no_longer()
                 if world is not None:
                     world.kill()
                 self._in_background(self._sweep())
@@ -197,6 +205,7 @@ class _Supervisor:
         try:
             self._require_enough(roster)
             self._world = await World.start(recipe, self._folder, self._ears(self._world_job))
+            self._look_out(roster)
         except MlxDistError as error:
             _say(f"error: {error}")
             self._tell(partial(self._lifecycle.said_failed, str(error)))
@@ -209,7 +218,31 @@ class _Supervisor:
                 f"{roster.num_ranks} ranks; waiting for it, for only auto and even are cut anew"
             )
 
+    def _look_out(self, roster: Roster) -> None:
+        """Watch over ranks that have not met yet. A rank alone has nobody to meet."""
+        job, lifecycle = self._world_job, self._lifecycle
+
+        def lost(reason: str) -> None:
+            self._tell(
+                lambda now_s: lifecycle.lost_sight(reason, now_s) if job == self._world_job else []
+            )
+
+        if self._looks_out and roster.num_present > 1:
+            hosts = list(roster.present)
+            self._lookout = Lookout(job, hosts, self._plan.heartbeat_timeout_s, lost)
+
+    async def _look_no_longer(self) -> None:
+        lookout, self._lookout = self._lookout, None
+        if lookout is not None:
+            await lookout.close()
+
+    def _have_met(self, _now_s: float) -> list[Order]:
+        """They watch over each other from now on."""
+        self._in_background(self._look_no_longer())
+        return []
+
     async def _close_world(self) -> None:
+        await self._look_no_longer()
         world, self._world = self._world, None
         upstream, self._upstream = self._upstream, None
         if world is not None:
@@ -229,6 +262,8 @@ class _Supervisor:
             match word:
                 case Word.up:
                     tell(lambda _now_s: lifecycle.said_up())
+                case Word.met:
+                    tell(self._have_met)
                 case Word.ready:
                     tell(partial(self._ready, rest))
                 case Word.drained:

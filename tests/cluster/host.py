@@ -2,24 +2,33 @@
 
     host.py up NAME FOLDER                    is the host NAME until it is killed
     host.py on NAME FOLDER COMMAND...         runs COMMAND there, in this environment and folder
-    host.py ssh FOLDER [OPTIONS] NAME WORDS   as ssh does: by the network, in no environment
+    host.py ssh [OPTIONS] NAME WORDS          as ssh does: by the network, in no environment
 
-What runs on a host gets its caller's stdin, stdout and stderr, passed over a Unix socket in FOLDER.
+What `on` runs gets its caller's stdin, stdout and stderr, passed over a Unix socket in FOLDER. What
+`ssh` runs has a connection for each of them, so that a cut network cuts them off.
 """
 
 import contextlib
 import json
 import os
+import secrets
 import selectors
 import signal
 import socket
 import subprocess
 import sys
+import threading
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 _SSH_PORT = 22
 _SSH_ENV = {"PATH": "/usr/bin:/bin:/usr/sbin:/sbin", "HOME": os.environ.get("HOME", "/root")}
 _MOST_BYTES = 1 << 20
+# What a caller sends first is here at once, or the network has just been cut.
+_FIRST_WORDS_S = 2.0
+# What a command has printed last comes soon after its exit code.
+_LAST_WORDS_S = 2.0
 
 
 def up(name: str, folder: Path) -> None:
@@ -37,6 +46,7 @@ def up(name: str, folder: Path) -> None:
     signal.set_wakeup_fd(woken.fileno())
     signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
     callers: dict[int, socket.socket] = {}
+    streams: dict[str, list[socket.socket]] = defaultdict(list)
     looking = selectors.DefaultSelector()
     for file in (door, caller, wakes):
         looking.register(file, selectors.EVENT_READ)
@@ -44,9 +54,13 @@ def up(name: str, folder: Path) -> None:
     while True:
         for key, _ in looking.select():
             if key.fileobj is door:
-                door.accept()[0].close()
+                _answer(door.accept()[0], streams, callers, scratch)
             elif key.fileobj is caller:
-                _start(caller.accept()[0], callers, scratch, looking)
+                connection = caller.accept()[0]
+                message, files, _, _ = socket.recv_fds(connection, _MOST_BYTES, 3)
+                child = _start(json.loads(message), files, scratch)
+                callers[child] = connection
+                looking.register(connection, selectors.EVENT_READ, child)
             elif key.fileobj is wakes:
                 wakes.recv(4096)
                 _reap(callers, looking)
@@ -56,18 +70,45 @@ def up(name: str, folder: Path) -> None:
                 _end_session(key.data)
 
 
-def _start(
+def _answer(
     connection: socket.socket,
+    streams: dict[str, list[socket.socket]],
     callers: dict[int, socket.socket],
     scratch: Path,
-    looking: selectors.BaseSelector,
 ) -> None:
-    message, files, _, _ = socket.recv_fds(connection, _MOST_BYTES, 3)
+    """Take one of a call's three streams, or the call itself, which comes last."""
+    connection.settimeout(_FIRST_WORDS_S)
+    with contextlib.suppress(OSError):
+        words = _first_line(connection).split(maxsplit=1)
+        connection.settimeout(None)
+        if words:
+            name = words[0].decode()
+            streams[name].append(connection)
+            if len(words) > 1:
+                *three, caller = streams.pop(name)
+                files = [os.dup(stream.fileno()) for stream in three]
+                for stream in three:
+                    stream.close()
+                # What ssh has started lives on without it.
+                callers[_start(json.loads(words[1]), files, scratch)] = caller
+            return
+    connection.close()
+
+
+def _first_line(connection: socket.socket) -> bytes:
+    """What comes first, and nothing of what may follow."""
+    line = b""
+    while not line.endswith(b"\n") and (byte := connection.recv(1)):
+        line += byte
+    return line
+
+
+def _start(job: dict[str, Any], files: list[int], scratch: Path) -> int:
+    """Start what is asked for with these as stdin, stdout and stderr; its process id."""
     for file in files:
         os.set_inheritable(file, False)
-    job = json.loads(message)
     try:
-        child = os.posix_spawn(
+        return os.posix_spawn(
             "/bin/bash",
             ["bash", "-c", 'cd "$1" && shift && exec "$@"', "_", job["folder"], *job["command"]],
             # mpirun has folders there that are called by process ids, which hosts have in common.
@@ -76,10 +117,6 @@ def _start(
             setsid=True,
             setsigdef=[signal.SIGCHLD],
         )
-        callers[child] = connection
-        # What ssh has started lives on without it.
-        if job["is_bound"]:
-            looking.register(connection, selectors.EVENT_READ, child)
     finally:
         for file in files:
             os.close(file)
@@ -109,19 +146,21 @@ def _reap(callers: dict[int, socket.socket], looking: selectors.BaseSelector) ->
                     connection.send(bytes([code if code >= 0 else 128 - code]))
 
 
-def on(
-    name: str, folder: Path, command: list[str], env: dict[str, str], work: str, is_bound: bool
-) -> int:
-    """Run `command` on the host `name`, bound to this process or not. Returns its exit code."""
+def on(name: str, folder: Path, command: list[str]) -> int:
+    """Run `command` on the host `name` for as long as this runs. Returns its exit code."""
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(str(folder / name))
-        job = {"command": command, "env": env, "folder": work, "is_bound": is_bound}
+        job = {"command": command, "env": dict(os.environ), "folder": str(Path.cwd())}
         socket.send_fds(connection, [json.dumps(job).encode()], [0, 1, 2])
-        answer = connection.recv(1)
+        return _code(connection)
+
+
+def _code(connection: socket.socket) -> int:
+    answer = connection.recv(1)
     return answer[0] if answer else 255
 
 
-def ssh(folder: Path, arguments: list[str]) -> int:
+def ssh(arguments: list[str]) -> int:
     """Run words in a shell on a host, if the network leads there. Returns its exit code or 255."""
     timeout_s = None
     while arguments[0].startswith("-"):
@@ -130,12 +169,43 @@ def ssh(folder: Path, arguments: list[str]) -> int:
         if value.startswith("ConnectTimeout="):
             timeout_s = float(value.partition("=")[2])
     name, *words = arguments
+    command = ["bash", "-c", " ".join(words)]
+    job = {"command": command, "env": _SSH_ENV, "folder": _SSH_ENV["HOME"]}
+    call, connections = secrets.token_hex(8), []
     try:
-        socket.create_connection((name, _SSH_PORT), timeout_s).close()
+        for words_first in (call, call, call, f"{call} {json.dumps(job)}"):
+            connection = socket.create_connection((name, _SSH_PORT), timeout_s)
+            connection.settimeout(None)
+            connection.sendall(f"{words_first}\n".encode())
+            connections.append(connection)
     except OSError as error:
         print(f"ssh: connect to host {name} port {_SSH_PORT}: {error}", file=sys.stderr)
         return 255
-    return on(name, folder, ["bash", "-c", " ".join(words)], _SSH_ENV, _SSH_ENV["HOME"], False)
+    stdin, stdout, stderr, caller = connections
+    threading.Thread(target=_send, args=(stdin,), daemon=True).start()
+    printing = [
+        threading.Thread(target=_print, args=pair, daemon=True)
+        for pair in ((stdout, 1), (stderr, 2))
+    ]
+    for thread in printing:
+        thread.start()
+    code = _code(caller)
+    for thread in printing:
+        thread.join(_LAST_WORDS_S)
+    return code
+
+
+def _send(stream: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        while data := os.read(0, _MOST_BYTES):
+            stream.sendall(data)
+        stream.shutdown(socket.SHUT_WR)
+
+
+def _print(stream: socket.socket, file: int) -> None:
+    with contextlib.suppress(OSError):
+        while data := stream.recv(_MOST_BYTES):
+            os.write(file, data)
 
 
 if __name__ == "__main__":
@@ -143,6 +213,6 @@ if __name__ == "__main__":
     if role == "up":
         up(rest[0], Path(rest[1]))
     elif role == "on":
-        sys.exit(on(rest[0], Path(rest[1]), rest[2:], dict(os.environ), str(Path.cwd()), True))
+        sys.exit(on(rest[0], Path(rest[1]), rest[2:]))
     else:
-        sys.exit(ssh(Path(rest[0]), rest[1:]))
+        sys.exit(ssh(rest))

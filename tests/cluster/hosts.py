@@ -46,7 +46,7 @@ class Cluster:
         """The variables with which a command on one host reaches the others."""
         return {
             "PRTE_MCA_plm_ssh_agent": str(HERE / "ssh_agent.sh"),
-            "TEST_HOSTS": f"{self.folder}:{sys.executable}",
+            "TEST_PYTHON": sys.executable,
         }
 
     def enter(self, host: str) -> list[str]:

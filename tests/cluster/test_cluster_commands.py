@@ -76,6 +76,12 @@ class Desk:
         """A server is up while this lasts, and is stopped in any case."""
         done = self.type("cluster", "up", *_SERVE, *flags)
         assert done.code == 0, done.out + done.err
+        with self.going_down():
+            yield
+
+    @contextmanager
+    def going_down(self):
+        """What is up is stopped after this, on a network that is whole again."""
         try:
             yield
         finally:
@@ -216,6 +222,25 @@ def test_a_stream_goes_on_without_the_host_that_is_cut_off(desk, cluster, tmp_pa
         ):
             assert time.monotonic() < deadline, desk.type("cluster", "logs").out
             time.sleep(0.5)
+
+
+@pytest.mark.timeout(120)
+def test_a_host_that_is_cut_off_while_ranks_join_is_left_out(desk, cluster):
+    desk.set_up()
+    with ThreadPoolExecutor() as pool, desk.going_down():
+        going = pool.submit(desk.type, "cluster", "up", *_SERVE, "--heartbeat-timeout-s", "3")
+        while not any("-m mlx_dist serve" in one for one in desk.left()["mxh3"]):
+            assert not going.done(), going.result().err
+            time.sleep(0.01)
+        cluster.faults(down=["mxh3"])
+        cut_s = time.monotonic()
+        assert going.result().code == 0, going.result().err
+        # Without the watchmen it would have taken the minute that ranks may take to meet.
+        assert time.monotonic() - cut_s < 40
+        logs = desk.type("cluster", "logs").out
+        assert "while ranks join, mxh3 is silent for 3 s" in logs
+        assert [rank["host"] for rank in desk.status()["cluster"]["ranks"]] == ["mxh1", "mxh2"]
+        assert desk.left()["mxh3"] == []
 
 
 def test_an_unreachable_host_is_named(desk, cluster):

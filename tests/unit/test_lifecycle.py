@@ -222,3 +222,18 @@ def test_whatever_happens_it_ends_when_told_twice(events):
             desk.wait()
     assert desk.life.phase is Phase.over
     assert desk.life.wait_s(desk.now_s) is None
+
+
+def test_ranks_that_cannot_meet_are_killed_and_started_again(desk):
+    assert desk.tell("tick") == [Order.start]
+    desk.life.said_up()
+    assert desk.tell("lost_sight", "h2 is silent") == [Order.kill]
+    assert desk.tell("exited", 137) == [Order.sweep]
+    assert desk.tell("swept", True) == [Order.start]
+    assert desk.life.reason == "h2 is silent"
+
+
+def test_ranks_that_have_met_watch_themselves(desk):
+    desk.serve()
+    assert desk.tell("lost_sight", "h2 is silent") == []
+    assert desk.life.phase is Phase.serving
