@@ -41,6 +41,8 @@ from mlx_dist.supervise.world import Ears, Recipe, World
 _GRACE_S = 0.5
 # A host that has not said by then what is left there is away.
 _SWEEPS_S = 4.0
+# A watchman must come up before he can say so, on a host that is starting ranks.
+_LEAST_LOOKOUT_S = 3.0
 _PROBE_EVERY_S = 10.0
 _PROBE_S = 4.0
 
@@ -229,7 +231,8 @@ class _Supervisor:
 
         if self._looks_out and roster.num_present > 1:
             hosts = list(roster.present)
-            self._lookout = Lookout(job, hosts, self._plan.heartbeat_timeout_s, lost)
+            timeout_s = max(self._plan.heartbeat_timeout_s, _LEAST_LOOKOUT_S)
+            self._lookout = Lookout(job, hosts, timeout_s, lost)
 
     async def _look_no_longer(self) -> None:
         lookout, self._lookout = self._lookout, None
