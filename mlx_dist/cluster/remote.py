@@ -28,7 +28,7 @@ CONNECTS_S = 5.0
 # A shell's exit codes for what it cannot run, and ssh's own.
 _NOT_THERE, _UNREACHED = (126, 127), 255
 # Of what the text defines, nothing is looked for in the folder that it happens to run in.
-_READ_STDIN = "import sys; sys.path[:] = [p for p in sys.path if p]; exec(sys.stdin.read())"
+_READ_STDIN = "import sys; sys.path[:] = [p for p in sys.path if p]; exec(sys.stdin.read({}))"
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +129,12 @@ def call_on_all(
         host: f"{source}\nimport json\nprint(json.dumps({function}(**{values!r})), flush=True)\n"
         for host, values in arguments.items()
     }
-    return run_on_all(list(texts), [python(), "-c", _READ_STDIN], texts, deadline_s)
+    return run_on_all(list(texts), reading_stdin(), texts, deadline_s)
+
+
+def reading_stdin(num_characters: int | None = None) -> list[str]:
+    """Python that runs what comes from stdin, or so much of it: no shell can get that wrong."""
+    return [python(), "-c", _READ_STDIN.format(num_characters or "")]
 
 
 def source_of(module: ModuleType) -> str:

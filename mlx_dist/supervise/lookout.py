@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from mlx_dist.cluster import jobs
-from mlx_dist.cluster.remote import python, source_of, words_for
+from mlx_dist.cluster.remote import reading_stdin, source_of, words_for
 from mlx_dist.cluster.vigil import Lease
 
 _TICK_S = 0.25
@@ -46,9 +46,9 @@ class Lookout:
 
     async def _watch(self, host: str) -> None:
         call = f"watch({self._job!r}, {_TICK_S}, {self._timeout_s + _LEASE_S})"
-        command = [python(), "-c", f"{source_of(jobs)}\n{call}\n"]
+        text = f"{source_of(jobs)}\n{call}\n"
         process = await asyncio.create_subprocess_exec(
-            *words_for(host, command),
+            *words_for(host, reading_stdin(len(text))),
             stdin=PIPE,
             stdout=PIPE,
             stderr=DEVNULL,
@@ -56,6 +56,7 @@ class Lookout:
         )
         assert process.stdin is not None
         assert process.stdout is not None
+        process.stdin.write(text.encode())
         sight = _Sight(self._timeout_s)
         hearing = asyncio.create_task(sight.hear(process.stdout))
         try:
