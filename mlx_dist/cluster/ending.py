@@ -30,7 +30,7 @@ _ABORT_S = 3.0
 # mpirun's children are ssh, too, which waits for a host that is cut off as long as mpirun would.
 _AFTER_ABORT = """
 children=$(pgrep -P "$0")
-for _ in $(seq 30); do
+for _ in $(seq 20); do
     kill -0 "$0" || break
     sleep 0.1
 done
