@@ -338,7 +338,8 @@ class Scheduler:
         """
         slowdown = max(1.0, self._slowdown - _NOISE)
         num_waiting = len(self.admission.waiting)
-        is_crowded = num_waiting > 1
+        # Those who enter with the next step count as before: it is what they were chosen for.
+        is_crowded = num_waiting + sum(len(m.coming) for m in self._microbatches) > 1
         if not self._num_decoding:
             return self.batching.prefill_tokens([], slowdown, is_crowded)
         total = self.num_active + num_waiting

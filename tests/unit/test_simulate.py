@@ -85,7 +85,7 @@ def test_a_lone_stage_serves_a_crowd():
     sim = Simulation(1, choose(times, 1, 16), step_cost(times), 0.0, arrivals, end_s=40.0)
     request_s = times.prefill_s(31) + 32 * times.decode_s(16) / 16
     assert sim.rate(20.0, 40.0) > 0.8 * 32 / request_s
-    assert percentile(sim.ttfts_s(20.0, 39.0), 99) < 4 * times.prefill_s(31)
+    assert percentile(sim.ttfts_s(20.0, 39.0), 99) < 6 * times.prefill_s(31)
 
 
 def test_short_prompts_pass_a_long_one():
