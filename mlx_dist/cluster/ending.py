@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 _SAY_FIRST_S = 0.1
 # Where the network is cut, MPI_Abort may not return, and mpirun waits for ever for the other side.
 _ABORT_S = 3.0
-# Outlives this rank, which mpirun kills.
-# mpirun's children are ssh, too, which waits for a host that is cut off as long as mpirun would.
+# Outlives this rank, which mpirun kills. mpirun's children are ssh, too, which would wait for a
+# host that is cut off as long as mpirun.
 _AFTER_ABORT = """
 children=$(pgrep -P "$0")
 for _ in $(seq 20); do

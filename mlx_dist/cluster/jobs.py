@@ -75,8 +75,8 @@ def watch(job: str, tick_s: float, lease_s: float) -> None:
 
 def _state(pid: int) -> str:
     """What `ps` calls a process's state, or nothing for one that has just ended."""
-    command = ["ps", "-o", "state=", "-p", str(pid)]
     if sys.platform != "linux":
+        command = ["ps", "-o", "state=", "-p", str(pid)]
         return _as_text(subprocess.run(command, stdout=subprocess.PIPE, check=False).stdout)[:1]
     try:
         # Behind the command's name, which may be anything.

@@ -23,15 +23,13 @@ from mlx_dist.serve.jobs import Job, chat_job, check_grammar, check_model, compl
 from mlx_dist.serve.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from mlx_dist.serve.replies import ChatWriter, TextWriter
 from mlx_dist.serve.schema import describe
-from mlx_dist.serve.settings import HttpConfig
+from mlx_dist.serve.settings import CHAT_PATH, COMPLETION_PATH, GENERATION_PATHS, HttpConfig
 from mlx_dist.serve.streaming import Answer, Shim
 
 if TYPE_CHECKING:
     from mlx_dist.serve.llm import LLM
 
 R = TypeVar("R", bound=GenerationRequest)
-_CHAT, _COMPLETE = "/v1/chat/completions", "/v1/completions"
-_GENERATION = frozenset({_CHAT, _COMPLETE})
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -46,7 +44,7 @@ def make_app(shim: Shim) -> FastAPI:
 
     middleware = [
         Middleware(Guard, config=config, metrics=shim.metrics),
-        Middleware(Turnstile, paths=_GENERATION, check=lambda: shim.llm.check_room(1)),
+        Middleware(Turnstile, paths=GENERATION_PATHS, check=lambda: shim.llm.check_room(1)),
     ]
     if config.cors_origins:
         cors = Middleware(
@@ -89,11 +87,11 @@ def _add_generation(app: FastAPI, shim: Shim) -> None:
             await shim.desk.unless_closed(checking)
         return job
 
-    @app.post(_CHAT)
+    @app.post(CHAT_PATH)
     async def chat(request: ChatRequest) -> Response:
         return Answer(shim, await job_of(chat_job, request), ChatWriter)
 
-    @app.post(_COMPLETE)
+    @app.post(COMPLETION_PATH)
     async def complete(request: CompletionRequest) -> Response:
         return Answer(shim, await job_of(completion_job, request), TextWriter)
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields
 from mlx_dist.errors import ConfigError
 
 LOOPBACK = "127.0.0.1"
+CHAT_PATH, COMPLETION_PATH = "/v1/chat/completions", "/v1/completions"
+GENERATION_PATHS = frozenset({CHAT_PATH, COMPLETION_PATH})
 _LEAST_READY_AGE_S = 6.0
 
 

@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from mlx_dist.serve.failures import ApiError, not_ready
 from mlx_dist.serve.guard import Guard
 from mlx_dist.serve.metrics import Metrics
-from mlx_dist.serve.settings import HttpConfig
+from mlx_dist.serve.settings import GENERATION_PATHS, HttpConfig
 from mlx_dist.supervise.exchange import (
     Exchange,
     Lost,
@@ -32,7 +32,6 @@ from mlx_dist.supervise.gate import Gate, Upstream
 if TYPE_CHECKING:
     from mlx_dist.serve.stats import Stats
 
-_GENERATION = frozenset({"/v1/chat/completions", "/v1/completions"})
 _STARTING = "the server is starting; its log says more"
 
 
@@ -80,7 +79,7 @@ class _Relay:
         body = await _body(receive)
         gate.enter()
         try:
-            if path in _GENERATION and scope["method"] == "POST":
+            if path in GENERATION_PATHS and scope["method"] == "POST":
                 answering = Exchange(gate, self._times, scope, body, send).run()
             else:
                 answering = self._pass_on(scope, body, send)
