@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from benchmarks.reference import Question, Reference
 from mlx_dist.demo import MODEL_DIR
+from mlx_dist.messages import Sampling
 
 _VOCAB = range(5, 700)
 _QUESTIONS = (
@@ -48,6 +50,8 @@ class Outcome(StrEnum):
     """What became of a request."""
 
     right = "right"
+    tie = "tie"
+    """Another than that of an undisturbed run, which one process could as well have given."""
     wrong = "wrong"
     twice = "twice"
     error = "error"
@@ -146,6 +150,30 @@ def compare(told: Told, due: Told) -> Outcome:
     ):
         return Outcome.twice
     return Outcome.wrong
+
+
+def could_say(reference: Reference, ask: Ask, told: Told, due: Told) -> bool:
+    """Whether one process could have answered so, and not only as it is `due`."""
+    ends = [[reason for _, reason in answer.choices] for answer in (told, due)]
+    return ends[0] == ends[1] and all(
+        reference.could_say(_question(reference, ask, index), text)
+        for index, (text, _) in enumerate(told.choices)
+    )
+
+
+def _question(reference: Reference, ask: Ask, index: int) -> Question:
+    """What the choice of that number is asked."""
+    body = json.loads(ask.body)
+    prompt = body.get("prompt") or reference.tokenizer.apply_chat_template(
+        body["messages"], add_generation_prompt=True, return_dict=False
+    )
+    sampling = Sampling(
+        temperature=body["temperature"],
+        # Choices have seeds that follow one another.
+        seed=body.get("seed", 0) + index,
+        logit_bias={int(token): bias for token, bias in body["logit_bias"].items()},
+    )
+    return Question(prompt, body["max_tokens"], sampling)
 
 
 def _text(choice: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -39,17 +39,28 @@ class Address:
 
 @dataclass(slots=True)
 class Tally:
-    """What became of all requests; what is not right, with its request, in words."""
+    """What became of all requests; what is not right, with its request, in words.
+
+    `told` are the answers where none is known to be right, `wrong` those that are not.
+    """
 
     counts: Counter[Outcome] = field(default_factory=Counter)
     oddities: list[str] = field(default_factory=list)
     told: dict[Ask, Told] = field(default_factory=dict)
+    wrong: list[tuple[Ask, Told]] = field(default_factory=list)
     longest_s: float = 0.0
 
     def add(self, ask: Ask, outcome: Outcome, said: str) -> None:
         self.counts[outcome] += 1
         if outcome not in (Outcome.right, *_NOT_ANSWERED) and len(self.oddities) < _MOST_SHOWN:
-            self.oddities.append(f"{outcome.value}: {said[:300]} <- {ask.path} {ask.body[:160]}")
+            self.oddities.append(f"{outcome.value}: {said} <- {ask.path} {ask.body}")
+
+    def excuse(self, is_tie: Callable[[Ask, Told], bool]) -> None:
+        """Count the wrong answers that are ties as such."""
+        for ask, told in self.wrong:
+            if is_tie(ask, told):
+                self.counts[Outcome.wrong] -= 1
+                self.counts[Outcome.tie] += 1
 
 
 class Clients:
@@ -142,6 +153,8 @@ class Clients:
             self.tally.told[ask] = told
             return Outcome.right, ""
         outcome = compare(told, self._due[ask])
+        if outcome is Outcome.wrong:
+            self.tally.wrong.append((ask, told))
         return outcome, f"{told} instead of {self._due[ask]}"
 
     async def _exchange(self, ask: Ask) -> tuple[int, bytes]:

@@ -15,6 +15,7 @@ NOTICED_S, READY_S, GONE_S = 1.0, 5.0, 10.0
 _SIGNALS = {Fault.kill: 9, Fault.segv: 11}
 _FAILURES = (Outcome.lost, Outcome.error, Outcome.twice, Outcome.wrong, Outcome.hung)
 _UNSAFE = (Outcome.twice, Outcome.wrong, Outcome.hung)
+_RIGHT = (Outcome.right, Outcome.tie)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +118,8 @@ def summary(results: Sequence[Result]) -> str:
     late = [r.ready_s - r.noticed_s - r.load_s for r in kept if r.ready_s and r.noticed_s]
     rows = [
         ("trials", f"{len(results)}", ""),
-        ("answers compared", f"{sum(r.of(Outcome.right, *_UNSAFE) for r in results)}", ""),
+        ("answers compared", _sum(results, *_RIGHT, *_UNSAFE), ""),
+        ("of these another one, by a near tie of tokens", _sum(results, Outcome.tie), ""),
         ("hangs", f"{sum(bool(r.hung) or r.of(Outcome.hung) > 0 for r in results)}", "0"),
         ("requests lost or answered with an error", _sum(kept, Outcome.lost, Outcome.error), "0"),
         ("answered twice", _sum(results, Outcome.twice), "0"),
@@ -166,7 +168,7 @@ def _row(group: Sequence[Result]) -> str:
         str(len(group)),
         _times(result.noticed_s for result in group),
         _times(result.ready_s for result in group),
-        str(sum(result.of(Outcome.right) for result in group)),
+        _sum(group, *_RIGHT),
         str(sum(result.of(Outcome.lost, Outcome.error) for result in ended)) if ended else "",
         str(bad + sum(result.of(*_UNSAFE) for result in ended)),
         str(sum(len(result.left) for result in group)),

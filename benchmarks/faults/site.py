@@ -110,8 +110,8 @@ class Server:
     def processes(self) -> list[Process]:
         """Its processes on all hosts."""
         found = processes_of(self.job, dict(self.site.namespaces))
-        # What starts and holds it here is none of it.
-        return [one for one in found if one.pid != self.process.pid]
+        # What enters a host to start and hold it there is none of it.
+        return [one for one in found if not self.site.has_lab or one.pid != self.process.pid]
 
     def find(self, role: str, timeout_s: float = 0.0) -> Process | None:
         """The process with this role; of several daemons, the one on the last host."""

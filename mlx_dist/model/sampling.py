@@ -1,7 +1,10 @@
 """From logits to token ids, on the last stage. Knows no ranks.
 
-mlx-lm's samplers and logits processors do the work. What is added is where the randomness comes
-from: each token's random number depends on its request's seed and its position alone.
+mlx-lm's filters and logits processors do most of the work. The choice itself is made by adding
+Gumbel noise and taking the largest (Gumbel-max), with noise that depends on the request's seed, the
+token's position and its id alone. So another rounding of the logits changes a token only if it
+could exchange the two largest scores; inverting the cumulative distribution, as mlx.random does,
+lets every logit move the borders of all tokens after it.
 """
 
 # B sequences, V vocabulary
@@ -9,12 +12,18 @@ from: each token's random number depends on its request's seed and its position 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.sample_utils import make_logits_processors, make_sampler
+from mlx_lm.sample_utils import (
+    apply_min_p,
+    apply_top_k,
+    apply_top_p,
+    make_logits_processors,
+)
 
 from mlx_dist.messages import PENALTY_CONTEXT, Logprobs, Opening, Row, Sampling
 
@@ -92,15 +101,9 @@ class SlotSampler:
     def __init__(self, sampling: Sampling, vocab_size: int, matcher: Matcher | None = None) -> None:
         self.num_logprobs = sampling.num_logprobs
         self._seed = sampling.seed
-        self._is_greedy = sampling.temperature == 0
+        self._temperature = sampling.temperature
         self._matcher = matcher
-        self._sample = make_sampler(
-            temp=sampling.temperature,
-            top_p=sampling.top_p,
-            min_p=sampling.min_p,
-            # mlx-lm refuses a top_k that keeps everything.
-            top_k=sampling.top_k if sampling.top_k < vocab_size else 0,
-        )
+        self._filters = list(_filters(sampling, vocab_size)) if sampling.temperature else []
         repetition = sampling.repetition_penalty
         self._processors = make_logits_processors(
             logit_bias=sampling.logit_bias or None,
@@ -111,7 +114,7 @@ class SlotSampler:
             frequency_penalty=sampling.frequency_penalty or None,
             frequency_context_size=PENALTY_CONTEXT,
         )
-        self.is_plain = self._is_greedy and not self._processors and matcher is None
+        self.is_plain = not self._temperature and not self._processors and matcher is None
         self._last_tokens: deque[int] = deque(maxlen=PENALTY_CONTEXT)
 
     def observe(self, tokens: list[int]) -> None:
@@ -125,16 +128,30 @@ class SlotSampler:
             logits_1V = process(mx.array(list(self._last_tokens)), logits_1V)
         if self._matcher is not None:
             logits_1V = self._matcher.mask(logits_1V)
-        if not self._is_greedy:
+        if self._filters:
             logits_1V = logits_1V - mx.logsumexp(logits_1V, axis=-1, keepdims=True)
-            mx.random.seed(_mix(self._seed, position))
-        token: mx.array = self._sample(logits_1V)[0]
-        return token
+            for keep in self._filters:
+                logits_1V = keep(logits_1V)
+        if self._temperature:
+            key = mx.random.key(_mix(self._seed, position))
+            logits_1V = logits_1V + self._temperature * mx.random.gumbel(logits_1V.shape, key=key)
+        return mx.argmax(logits_1V[0])
 
     def accept(self, token: int) -> None:
         """Go on in the grammar, if there is one, by the token that was sampled."""
         if self._matcher is not None:
             self._matcher.consume(token)
+
+
+def _filters(sampling: Sampling, vocab_size: int) -> Iterator[Callable[[mx.array], mx.array]]:
+    """What narrows the choice, in mlx-lm's order; each takes and gives log-probabilities."""
+    if sampling.top_p < 1:
+        yield partial(apply_top_p, top_p=sampling.top_p)
+    if sampling.min_p:
+        yield partial(apply_min_p, min_p=sampling.min_p)
+    # mlx-lm refuses a top_k that keeps everything.
+    if 0 < sampling.top_k < vocab_size:
+        yield partial(apply_top_k, top_k=sampling.top_k)
 
 
 def _logprobs(logits_V: mx.array, token: int, num_top: int) -> Logprobs:

@@ -18,6 +18,7 @@ from benchmarks.faults.asks import (
     read_answer,
     read_stream,
 )
+from benchmarks.faults.clients import Tally
 from benchmarks.faults.deck import IN_THE_LAB, RANKS, Case, Fault, Phase, draw, targets
 from benchmarks.faults.results import Result, not_reached, summary, table
 
@@ -147,6 +148,16 @@ def test_each_broken_promise_is_told(change, said):
     assert result.unmet() == [said]
     assert said in not_reached([result])
     assert Result.from_json(result.to_json()) == result
+
+
+def test_a_wrong_answer_that_is_a_tie_is_counted_as_such():
+    ask, other = asks(2, 1)
+    tally = Tally(wrong=[(ask, DUE), (other, DUE)])
+    for wrong, _ in tally.wrong:
+        tally.add(wrong, Outcome.wrong, "")
+    tally.excuse(lambda asked, _: asked == ask)
+    assert tally.counts == {Outcome.wrong: 1, Outcome.tie: 1}
+    assert replace(KILLED, counts={"right": 1, "tie": 1}).unmet() == []
 
 
 def test_what_is_allowed_to_whom():

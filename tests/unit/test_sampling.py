@@ -41,6 +41,29 @@ def test_seeds_and_positions_are_independent():
     assert a != b
 
 
+def test_tokens_are_drawn_by_their_probabilities():
+    num, temperature = 4000, 0.7
+    sampler = SlotSampler(Sampling(temperature=temperature, seed=1), VOCAB)
+    drawn = mx.stack([sampler.sample(_logits(), position) for position in range(num)])
+    counts_V = (drawn[:, None] == mx.arange(VOCAB)).sum(axis=0)
+    expected_V = num * mx.softmax(_logits() / temperature)
+    # Chi-square with 49 degrees of freedom: 85.4 is exceeded once in a thousand times.
+    assert ((counts_V - expected_V) ** 2 / expected_V).sum().item() < 85.4
+
+
+def test_rounding_exchanges_only_tokens_that_are_as_near_as_it_moves_them():
+    most = 0.02
+    moved_V = _logits() + most * mx.random.uniform(-1, 1, (VOCAB,), key=mx.random.key(1))
+    sampling = Sampling(temperature=1.0, seed=1)
+    num_exchanged = 0
+    for position in range(500):
+        token = _token(sampling, position, moved_V)
+        if token != _token(sampling, position):
+            num_exchanged += 1
+            assert _token(sampling, position, _logits().at[token].add(2 * most)) == token
+    assert num_exchanged > 0
+
+
 @pytest.mark.parametrize(
     "sampling",
     [
