@@ -172,8 +172,9 @@ class Trial:
         """The first line or event that tells of the fault."""
         if self._noticed is not None:
             return
-        # Ranks that start say this, whatever happens.
+        # What starts says this, whatever happens.
         usual = ("microbatches in flight", "the plan had predicted", "is served at", "KV memory")
+        usual += ("plm:ssh: Warning: setpgid",)
         for seen_s, text in self._log.lines:
             is_rule = not text.strip("-")
             if seen_s >= at_s and not is_rule and not any(words in text for words in usual):
