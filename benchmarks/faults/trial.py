@@ -173,8 +173,10 @@ class Trial:
         if self._noticed is not None:
             return
         # What starts says this, whatever happens.
-        usual = ("microbatches in flight", "the plan had predicted", "is served at", "KV memory")
-        usual += ("plm:ssh: Warning: setpgid",)
+        usual = (
+            *("microbatches in flight", "the plan had predicted", "is served at", "KV memory"),
+            "plm:ssh: Warning: setpgid",
+        )
         for seen_s, text in self._log.lines:
             is_rule = not text.strip("-")
             if seen_s >= at_s and not is_rule and not any(words in text for words in usual):
