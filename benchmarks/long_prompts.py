@@ -1,10 +1,10 @@
 """What a long prompt costs its sender and the others, and what idling costs.
 
     python -m benchmarks.long_prompts [first-token] [stall] [idle] [--rounds 3]
-        [--server ours] [--json FILE]
+        [--server ours|ours_tensor|...] [--json FILE]
 
 The model, BLAS and threads of benchmarks.serving; without names, all three are measured. --server
-puts a peer through stall and idle.
+says of which of that benchmark's servers, for first-token one of our own with two ranks.
 
 first-token  time to first token of a 2,048-token prompt on an idle server, at one rank and at two
              in turn, and the ratio (bar 0.58)
@@ -53,25 +53,25 @@ def _first_token_s(server: Running, prompts: Prompts, num_tokens: int) -> float:
     return asyncio.run(_ask(server.endpoint, prompts, num_tokens)).first_piece_s
 
 
-def first_token(_: Kind, model: Path, scratch: Path, rounds: int) -> Measurement:
+def first_token(kind: Kind, model: Path, scratch: Path, rounds: int) -> Measurement:
     """Both servers are up and take turns, so that a noisy machine is noisy for both."""
     prompts = Prompts(1)
-    times_s: dict[str, list[float]] = {"ours1": [], "ours": []}
+    times_s: tuple[list[float], list[float]] = ([], [])
     with (
         running(KINDS["ours1"], model, scratch) as one,
-        running(KINDS["ours"], model, scratch) as two,
+        running(kind, model, scratch) as two,
     ):
         for i in range(rounds + 1):
-            for name, server in (("ours1", one), ("ours", two)):
+            for times, server in zip(times_s, (one, two), strict=True):
                 taken_s = _first_token_s(server, prompts, LONG_PROMPT_TOKENS)
                 if i:  # The first of each is the warm-up.
-                    times_s[name].append(taken_s)
-    one_s, two_s = (median(times) for times in times_s.values())
+                    times.append(taken_s)
+    one_s, two_s = (median(times) for times in times_s)
     print(
         f"first token of {LONG_PROMPT_TOKENS} tokens: {one_s:.3f} s at one rank, {two_s:.3f} s at "
         f"two; ratio {two_s / one_s:.3f} (bar 0.58)"
     )
-    return {"one_rank_s": times_s["ours1"], "two_ranks_s": times_s["ours"], "ratio": two_s / one_s}
+    return {"one_rank_s": times_s[0], "two_ranks_s": times_s[1], "ratio": two_s / one_s}
 
 
 async def _stall_once(endpoint: Endpoint, prompts: Prompts) -> tuple[list[float], list[float]]:
@@ -160,7 +160,7 @@ def main() -> None:
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(_MEASUREMENTS))
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--server", choices=KINDS, default="ours", help="for stall and idle")
+    parser.add_argument("--server", choices=KINDS, default="ours", help="what is measured")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if unknown := set(options.names) - _MEASUREMENTS.keys():
