@@ -17,6 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import (
     ArraysCache,
+    BatchKVCache,
     BatchRotatingKVCache,
     KVCache,
     make_prompt_cache,
@@ -25,6 +26,9 @@ from mlx_lm.models.cache import (
 from mlx_dist.errors import ProtocolError
 from mlx_dist.messages import KvCost, Step
 from mlx_dist.model.families import Anatomy
+
+# Tokens.
+_LEAST_ROOM = 32
 
 
 @dataclass(slots=True)
@@ -159,8 +163,9 @@ class SlotCaches:
         is_right = self.can_batch and source != target
         self._check(is_right, f"microbatch {source} cannot join microbatch {target}")
         del self._microbatches[source]
-        own = self._batched(grown)
-        for cache, added in zip(own, self._batched(moved), strict=True):
+        own, new = self._batched(grown), self._batched(moved)
+        _give_up_room([*own, *new])
+        for cache, added in zip(own, new, strict=True):
             cache.extend(added)
         grown.slots += moved.slots
         grown.lengths += moved.lengths
@@ -181,6 +186,7 @@ class SlotCaches:
             if len(rest) == 1:
                 own = self._extract(own, rest[0])
             else:
+                _give_up_room(own)
                 for cache in own:
                     cache.filter(mx.array(rest))
             m.slots = [m.slots[i] for i in rest]
@@ -353,6 +359,17 @@ def _can_batch(cache: Any) -> bool:
 def _is_compact(cache: Any) -> bool:
     """Whether a plain cache is known to have no room left: what comes next goes elsewhere."""
     return type(cache) is KVCache and not cache.empty() and cache.keys.shape[2] == cache.offset
+
+
+def _give_up_room(batched: Sequence[Any]) -> None:
+    """Leave the room that batch caches have to grow in, before they are copied whole.
+
+    They make room for a quarter of what they hold then, so that growing seldom copies them.
+    """
+    for part in (part for cache in batched for part in _parts(cache)):
+        if type(part) is BatchKVCache and not part.empty():
+            part.keys, part.values = part.keys_and_values()
+            part.step = min(BatchKVCache.step, max(_LEAST_ROOM, part.size() // 4))
 
 
 def _parts(cache: Any) -> Sequence[Any]:

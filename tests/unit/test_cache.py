@@ -211,6 +211,19 @@ def test_padding_that_all_rows_have_is_dropped(llama):
     assert stage.slots.kv_bytes <= 2 * cost.bytes_for(301 + 256)
 
 
+def test_sequences_that_join_and_leave_are_copied_without_room_to_grow(llama):
+    [stage] = stages_of(llama, (8,))
+    cost = stage.kv_cost()
+    for microbatch, slots in ((0, [0, 1]), (1, [2, 3])):
+        stage.slots.open(microbatch, slots, [None, None])
+        mx.eval(stage.forward(Step(microbatch, [Row(slot, 0, [1] * 5) for slot in slots]), None))
+    stage.slots.merge(1, 0)
+    stage.slots.close([1])
+    assert stage.slots.kv_bytes == 3 * cost.bytes_for(5)
+    stage.forward(Step(0, [Row(slot, 5, [1]) for slot in (0, 2, 3)], sample=True), None)
+    assert stage.slots.kv_bytes == 3 * cost.bytes_for(5 + 32)
+
+
 MISUSES = {
     "a microbatch opened twice": lambda slots: slots.open(0, [9], [None]),
     "a slot opened twice": lambda slots: slots.open(1, [0], [None]),
