@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 _SSH_PORT = 22
+# Else it reads its user's file when its stdin is a connection.
+_BASH = ("bash", "--norc", "-c")
 _SSH_ENV = {"PATH": "/usr/bin:/bin:/usr/sbin:/sbin", "HOME": os.environ.get("HOME", "/root")}
 _MOST_BYTES = 1 << 20
 # What a caller sends first is here at once, or the network has just been cut.
@@ -110,7 +112,7 @@ def _start(job: dict[str, Any], files: list[int], scratch: Path) -> int:
     try:
         return os.posix_spawn(
             "/bin/bash",
-            ["bash", "-c", 'cd "$1" && shift && exec "$@"', "_", job["folder"], *job["command"]],
+            [*_BASH, 'cd "$1" && shift && exec "$@"', "_", job["folder"], *job["command"]],
             # mpirun has folders there that are called by process ids, which hosts have in common.
             job["env"] | {"TMPDIR": str(scratch)},
             file_actions=[(os.POSIX_SPAWN_DUP2, file, i) for i, file in enumerate(files)],
@@ -169,7 +171,7 @@ def ssh(arguments: list[str]) -> int:
         if value.startswith("ConnectTimeout="):
             timeout_s = float(value.partition("=")[2])
     name, *words = arguments
-    command = ["bash", "-c", " ".join(words)]
+    command = [*_BASH, " ".join(words)]
     job = {"command": command, "env": _SSH_ENV, "folder": _SSH_ENV["HOME"]}
     call, connections = secrets.token_hex(8), []
     try:
