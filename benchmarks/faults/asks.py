@@ -1,4 +1,4 @@
-"""The requests of the load, and what is to be said of their answers. Knows no sockets. Pure."""
+"""The requests of the load, and what is to be said of their answers. Knows no sockets."""
 
 from __future__ import annotations
 
