@@ -4,8 +4,8 @@
 
 The real scheduler plans; every stage is a queue that works off steps in the order of planning,
 each in the time its size is given; the leader does as `mlx_dist.engine.leader.Leader`: it takes
-an answer that has come, runs its own stage for the next plan, and waits when there is none. Prints
-a markdown table.
+the answers that have come, runs its own stage for the next plan, and waits when there is none.
+Prints a markdown table.
 """
 
 from __future__ import annotations
@@ -62,9 +62,13 @@ def step_cost(times: StepTimes) -> StepCost:
 
     def cost(step: Step) -> tuple[float, ...]:
         num_rows, num_tokens = step.shape
-        if num_tokens == 1:
-            return interpolate(times.decode, num_rows)
-        return interpolate(times.prefill, num_rows * num_tokens)
+        num_cached = max(row.position for row in step.rows)
+        if num_tokens > 1:
+            return times.prefill_stages_s(num_rows * num_tokens, num_cached)
+        # All rows are padded to the longest.
+        scores_s = [num_rows * num_cached * each_s for each_s in times.score_s]
+        stages_s = interpolate(times.decode, num_rows)
+        return tuple(map(sum, zip(stages_s, scores_s, strict=True))) if scores_s else stages_s
 
     return cost
 
@@ -115,7 +119,7 @@ class Simulation:
         while now_s < end_s:
             while self._coming and self._coming[0][0] <= now_s:
                 self._submit(heapq.heappop(self._coming)[2], now_s)
-            if self._answers and self._answers[0][0] <= now_s:
+            while self._answers and self._answers[0][0] <= now_s:
                 self.scheduler.accept(self._answers.popleft()[1])
             plan = self.scheduler.next_plan()
             self._hear(now_s)

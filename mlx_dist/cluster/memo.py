@@ -16,16 +16,19 @@ T = TypeVar("T")
 
 
 def recall(kind: str, facts: Mapping[str, object], of_type: type[T]) -> T | None:
-    """What was kept of this `kind` under exactly these `facts`, or None."""
+    """What was kept of this `kind` and type under exactly these `facts`, or None.
+
+    What another release kept is not of this type, unless it had the same fields.
+    """
     try:
-        return msgspec.json.decode(_path(kind, facts).read_bytes(), type=of_type)
+        return msgspec.json.decode(_path(kind, facts, of_type).read_bytes(), type=of_type)
     except (OSError, msgspec.DecodeError):
         return None
 
 
 def keep(kind: str, facts: Mapping[str, object], value: object) -> None:
     """Keep `value`, a struct or dataclass. Where that fails it is said on stderr, and no more."""
-    path = _path(kind, facts)
+    path = _path(kind, facts, type(value))
     # Ranks of one host may keep the same at the same time.
     whole = path.with_suffix(f".{os.getpid()}")
     try:
@@ -36,8 +39,9 @@ def keep(kind: str, facts: Mapping[str, object], value: object) -> None:
         print(f"mlx-dist: {kind} are not remembered: {error}", file=sys.stderr)
 
 
-def _path(kind: str, facts: Mapping[str, object]) -> Path:
-    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+def _path(kind: str, facts: Mapping[str, object], of_type: type) -> Path:
+    known = [facts, msgspec.json.schema(of_type)]
+    key = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:32]
     return cache_folder() / kind.replace(" ", "_") / f"{key}.json"
 
 

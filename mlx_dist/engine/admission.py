@@ -103,15 +103,23 @@ class Admission:
     def next_group(self, members: list[list[Sequence]], most_prefill: int) -> Group | None:
         """The next sequences that can enter and are prefilled together, or None.
 
-        `members` are those of each microbatch already. Several make a group only if one step of
+        `members` are those of each microbatch already: as many as decode at a time, and perhaps
+        more for sequences of other lengths. Several make a group only if one step of
         `most_prefill` tokens, padding included, is enough for them.
         """
-        group = Group(target=min(range(len(members)), key=lambda i: len(members[i])))
-        total = sum(map(len, members)) + len(self.waiting)
+        num_active = sum(map(len, members))
+        num_free = self._batching.num_microbatches * self._batching.max_sequences - num_active
+        if not self.waiting or not num_free:
+            return None
+        group = Group(self._target(members, self.waiting[0]))
         # Spread over all microbatches before any is full.
-        share = min(self._batching.max_sequences, -(-total // len(members)))
-        room = share - len(members[group.target])
+        share = -(-(num_active + len(self.waiting)) // self._batching.num_microbatches)
+        room = min(share, self._batching.max_sequences) - len(members[group.target])
+        room = min(max(room, 1), num_free)
         while self.waiting and len(group.sequences) < room:
+            together = [*members[group.target], *group.sequences, self.waiting[0]]
+            if group.sequences and _padding(together) > self._batching.most_padding:
+                break
             if not self._enter(self.waiting[0], group, members, most_prefill):
                 break
             group.sequences.append(self.waiting.popleft())
@@ -151,6 +159,22 @@ class Admission:
         dropped = self.prefix.add(entry, tokens, cost, len(tokens) < self._reuse.trim_limit)
         plans.append(Keep(sequence.slot, entry))
         return [*plans, Drop(dropped)] if dropped else plans
+
+    def _target(self, members: list[list[Sequence]], sequence: Sequence) -> int:
+        """The microbatch for `sequence`: of those it is like in length, one with the fewest.
+
+        If it is like none, it gets one of its own, or else goes where it causes least padding.
+        """
+        most, num_usual = self._batching.most_padding, self._batching.num_microbatches
+        padding = {
+            i: _padding([*of_one, sequence])
+            for i, of_one in enumerate(members)
+            if len(of_one) < self._batching.max_sequences
+        }
+        alike = [i for i in padding if padding[i] <= most and (i < num_usual or members[i])]
+        if alike:
+            return min(alike, key=lambda i: len(members[i]))
+        return min(padding, key=lambda i: padding[i])
 
     def _enter(
         self, sequence: Sequence, group: Group, members: list[list[Sequence]], most_prefill: int
@@ -243,3 +267,9 @@ class Admission:
 def _lengths(members: list[list[Sequence]]) -> list[list[int]]:
     """How long the sequences of each microbatch can get."""
     return [[s.request.most_tokens for s in of_one] for of_one in members]
+
+
+def _padding(sequences: list[Sequence]) -> int:
+    """The tokens that sequences of one microbatch are padded by, all in all."""
+    lengths = [max(s.position, len(s.request.prompt)) for s in sequences]
+    return len(lengths) * max(lengths) - sum(lengths)

@@ -6,6 +6,7 @@ are worth it depends on what a step of that size takes.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +20,10 @@ _WORTHWHILE = 1.05
 _LONGEST_GAP = 2.2
 _TYPICAL_PROMPT = 2048
 # A step that takes so many times the shortest there is, is mostly arithmetic.
-_OF_LEAST_STEP = 2.0
+_OF_LEAST_STEP = 3.0
+# Padding is read at every step, and all of a microbatch is copied whenever a sequence joins or
+# leaves, which takes several times as long: so it may take this part of a step of its own.
+_WORTHWHILE_PADDING = 0.25
 
 Curve = Mapping[int, tuple[float, ...]]
 
@@ -28,21 +32,27 @@ Curve = Mapping[int, tuple[float, ...]]
 class StepTimes:
     """Measured seconds of each stage's part of a step, on every rank.
 
-    `decode` by sequences of one token each, `prefill` by tokens of one sequence. `hop_s` is what
-    a step takes longer through the whole pipe than the stages compute.
+    `decode` by sequences of one token each, `prefill` by tokens of one sequence with nothing
+    cached; `score_s` is what each adds for every token that is cached, if that was measured.
+    `hop_s` is what a step takes longer through the whole pipe than the stages compute.
     """
 
     decode: Curve
     prefill: Curve
     hop_s: float = 0.0
+    score_s: tuple[float, ...] = ()
+
+    @property
+    def num_stages(self) -> int:
+        return len(next(iter(self.decode.values())))
 
     def decode_s(self, num_sequences: int) -> float:
         """Seconds of the slowest stage."""
         return max(interpolate(self.decode, num_sequences))
 
-    def prefill_s(self, num_tokens: int) -> float:
-        """Seconds of the slowest stage."""
-        return max(interpolate(self.prefill, num_tokens))
+    def prefill_s(self, num_tokens: int, num_cached: int = 0) -> float:
+        """Seconds of the slowest stage, for tokens of a sequence with `num_cached` before them."""
+        return max(self.prefill_stages_s(num_tokens, num_cached))
 
     def tokens_per_s(self, num_microbatches: int, num_sequences: int) -> float:
         """What all streams get together: M b / max(M max t(b), sum of t(b), and the hops)."""
@@ -56,26 +66,42 @@ class StepTimes:
         return max(sum(self.decode_s(size) for size in sizes), latency_s)
 
     def prompt_s(self, num_tokens: int, chunk: int) -> float:
-        """Seconds of a prompt's way through the idle pipe in chunks."""
-        stages_s = interpolate(self.prefill, min(chunk, num_tokens))
-        return sum(stages_s) + (-(-num_tokens // chunk) - 1) * max(stages_s)
+        """Seconds of a prompt's way through the idle pipe in steps of `chunk` tokens at most."""
+        done, sum_s, longest_s = 0, 0.0, 0.0
+        while done < num_tokens:
+            size = min(self.chunk_after(done, chunk), num_tokens - done)
+            stages_s = self.prefill_stages_s(size, done)
+            sum_s += max(stages_s)
+            longest_s = max(longest_s, sum(stages_s) - max(stages_s))
+            done += size
+        return sum_s + longest_s
 
-    def prefill_beside(self, sizes: list[int], slowdown: float) -> int:
+    def chunk_after(self, num_cached: int, chunk: int) -> int:
+        """The prompt tokens of the next step in an idle pipe, `chunk` at most.
+
+        The more is cached the longer each token takes, and the longest step is the time for which
+        the other stages wait in the end: none takes longer than in the middle of a typical prompt.
+        """
+        if self.num_stages == 1 or not self.score_s:
+            return chunk
+        longest_s = self.prefill_s(chunk, _TYPICAL_PROMPT // 2)
+        return min(chunk, self.prefill_within(longest_s, num_cached))
+
+    def prefill_beside(self, sizes: list[int], slowdown: float, num_cached: int) -> int:
         """The most prompt tokens of one step beside microbatches of these sizes.
 
         A round takes that step longer, and whoever is right behind it waits for it at each stage.
         """
         round_s = self.round_s(sizes)
-        num_stages = len(next(iter(self.decode.values())))
-        step_s = round_s * min(_LONGEST_GAP - 1, _LONGEST_GAP / num_stages)
-        return self.prefill_within(step_s / slowdown)
+        step_s = round_s * min(_LONGEST_GAP - 1, _LONGEST_GAP / self.num_stages)
+        return self.prefill_within(step_s / slowdown, num_cached)
 
     @property
     def least_worthwhile_prefill(self) -> int:
         """Prompt tokens below which a step is mostly what any step takes, however small."""
         return self.prefill_within(_OF_LEAST_STEP * self.prefill_s(min(self.prefill)))
 
-    def prefill_within(self, seconds: float) -> int:
+    def prefill_within(self, seconds: float, num_cached: int = 0) -> int:
         """The most prompt tokens whose step keeps every stage busy for no longer.
 
         Not less than the least that was measured: fewer take hardly less.
@@ -83,8 +109,17 @@ class StepTimes:
         low, high = min(self.prefill), max(self.prefill)
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if self.prefill_s(middle) <= seconds else (low, middle - 1)
+            is_within = self.prefill_s(middle, num_cached) <= seconds
+            low, high = (middle, high) if is_within else (low, middle - 1)
         return low
+
+    def prefill_stages_s(self, num_tokens: int, num_cached: int) -> tuple[float, ...]:
+        """Seconds of each stage, for tokens of a sequence with `num_cached` before them."""
+        stages_s = interpolate(self.prefill, num_tokens)
+        if not self.score_s:
+            return stages_s
+        num_scores = num_tokens * num_cached
+        return tuple(a + num_scores * b for a, b in zip(stages_s, self.score_s, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +129,8 @@ class Batching:
     Up to `num_microbatches` of up to `max_sequences` decode at a time. A step has at most
     `prefill_chunk` prompt tokens while nothing decodes; while something does, it has what `times`
     allow, or `prefill_share` without them. Prompts of several lengths share one if it `pads`.
+    Sequences of very different lengths do not share a microbatch, where that would have to be
+    padded by more than `most_padding` tokens and there may be another.
     """
 
     num_microbatches: int = 1
@@ -102,27 +139,42 @@ class Batching:
     prefill_share: int = 64
     times: StepTimes | None = None
     pads: bool = True
+    most_padding: float = math.inf
 
-    def prefill_tokens(self, decoding: list[int], slowdown: float, is_crowded: bool = False) -> int:
+    @property
+    def least_prefill(self) -> int:
+        """Prompt tokens of a step fewer of which would take hardly less."""
+        return min(self.times.prefill) if self.times else 1
+
+    def prefill_tokens(
+        self,
+        decoding: list[int],
+        slowdown: float,
+        is_crowded: bool = False,
+        num_cached: int = 0,
+    ) -> int:
         """The prompt tokens of the next step, beside microbatches of these sizes.
 
-        `slowdown` is how much longer the last ones took than their times say. Where it `is_crowded`
-        by those who wait, no step is so small that it would only make them wait longer.
+        They come after `num_cached` of their sequence. `slowdown` is how much longer the last ones
+        took than their times say. Where it `is_crowded` by those who wait, no step is so small that
+        it would only make them wait longer.
         """
-        if not decoding:
-            return self.prefill_chunk
         if self.times is None:
-            return min(self.prefill_share, self.prefill_chunk)
-        most = self.times.prefill_beside(decoding, slowdown)
+            return min(self.prefill_share, self.prefill_chunk) if decoding else self.prefill_chunk
+        if not decoding:
+            return self.times.chunk_after(num_cached, self.prefill_chunk)
+        most = self.times.prefill_beside(decoding, slowdown, num_cached)
         if is_crowded:
             most = max(most, self.times.least_worthwhile_prefill)
         return min(most, self.prefill_chunk)
 
 
-def choose(times: StepTimes, num_stages: int, most_sequences: int) -> Batching:
+def choose(
+    times: StepTimes, num_stages: int, most_sequences: int, cached_s: float = 0.0
+) -> Batching:
     """The batching that serves most tokens a second, with no more sequences than it takes.
 
-    `most_sequences` bounds a microbatch.
+    `most_sequences` bounds a microbatch. A token takes at least `cached_s` to read from the cache.
     """
     sizes = [size for size in sorted(times.decode) if size <= most_sequences] or [1]
     size = sizes[0]
@@ -131,7 +183,9 @@ def choose(times: StepTimes, num_stages: int, most_sequences: int) -> Batching:
         size = larger if gain > _WORTHWHILE else size
     best = max(range(1, num_stages + 1), key=lambda m: (times.tokens_per_s(m, size), -m))
     chunk = min(sorted(times.prefill), key=lambda n: times.prompt_s(_TYPICAL_PROMPT, n))
-    return Batching(best, size, chunk, times=times)
+    cached_s = max(cached_s, *times.score_s) if times.score_s else cached_s
+    padding = _WORTHWHILE_PADDING * times.decode_s(1) / cached_s if cached_s else math.inf
+    return Batching(best, size, chunk, times=times, most_padding=padding)
 
 
 def parse_batching(text: str) -> Batching | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 
 from mlx_dist.cluster import memo
 from mlx_dist.engine.batching import StepTimes
@@ -12,10 +13,12 @@ from mlx_dist.messages import Close, Open, Opening, Row, Sampling, Step
 
 # Few: prompts cost more than the steps that are measured.
 _PROMPT_TOKENS = 4
-_NUM_DECODES = 2
+_NUM_DECODES = 4
 _LARGEST_MICROBATCH = 64
 _LEAST_CHUNK = 8
 _LARGEST_CHUNK = 512
+# A step of so many seconds shows what is cached well enough.
+_SHORT_STEP_S = 1.0
 _MICROBATCH = 0
 
 
@@ -44,7 +47,11 @@ def measure(leader: Leader, most_sequences: int, context_tokens: int, budget_s: 
         if time.monotonic() - begun > budget_s / 2:
             break
     # A model of a tiny context has no chunk to measure.
-    return StepTimes(decode, prefill or {1: decode[1]}, hop_s)
+    times = StepTimes(decode, prefill or {1: decode[1]}, hop_s)
+    short = [size for size in times.prefill if times.prefill_s(size) <= _SHORT_STEP_S]
+    if not short or 2 * max(short) >= context_tokens or not fits([[2 * max(short)]], None):
+        return times
+    return replace(times, score_s=_score_s(leader, max(short)))
 
 
 def remembered(
@@ -83,6 +90,14 @@ def _prefill_s(leader: Leader, size: int) -> tuple[float, ...]:
     seconds, _ = _step(leader, [Row(0, 0, [0] * size)], sample=False)
     leader.do(Close([0]))
     return seconds
+
+
+def _score_s(leader: Leader, size: int) -> tuple[float, ...]:
+    """Seconds that a prompt's token takes each rank longer for every token before its step."""
+    leader.do(Open(_MICROBATCH, [Opening(0, Sampling())]))
+    steps = [_step(leader, [Row(0, start, [0] * size)], sample=False)[0] for start in (0, size)]
+    leader.do(Close([0]))
+    return tuple(max(0.0, after - before) / size**2 for before, after in zip(*steps, strict=True))
 
 
 def _step(leader: Leader, rows: list[Row], sample: bool) -> tuple[tuple[float, ...], float]:

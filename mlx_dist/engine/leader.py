@@ -100,7 +100,9 @@ class Leader:
         self._news.clear()
         if self.scheduler.num_in_flight or self._is_probing:
             with self._whole():
-                self._accept(self._transport.poll_tokens())
+                # All that have come: a step planned without one of them keeps its streams waiting.
+                while (tokens := self._transport.poll_tokens()) is not None:
+                    self._accept(tokens)
         if self._is_account_due():
             self._ask_all()
         with self._lock:

@@ -85,10 +85,11 @@ class Scheduler:
         self.ledger = ledger
         self._num_stages = num_stages
         self._window = 2 * num_stages
-        self._microbatches = [_Microbatch(i) for i in range(batching.num_microbatches)]
+        # As many again for sequences that are too long or too short for the others.
+        self._microbatches = [_Microbatch(i) for i in range(2 * batching.num_microbatches)]
         self._turn = deque(self._microbatches)
         self._prefills: deque[_Prefill] = deque()
-        self._numbers = count(batching.num_microbatches)
+        self._numbers = count(len(self._microbatches))
         self._ready: deque[Plan] = deque()
         self._in_flight: deque[_InFlight] = deque()
         self._events: list[Event] = []
@@ -281,7 +282,7 @@ class Scheduler:
                 return prefill
 
     def _plan_prefill(self, prefill: _Prefill) -> None:
-        most = self._prefill_tokens()
+        most = self._prefill_tokens(prefill.sequences[0].position)
         rows = []
         for sequence in prefill.sequences:
             num_tokens = sequence.num_to_prefill
@@ -290,7 +291,7 @@ class Scheduler:
                     # Every round has one, not just now and then.
                     is_long_pipe = self._num_stages > 2
                     share = _LONG_PROMPT_SHARE_OF_MANY if is_long_pipe else _LONG_PROMPT_SHARE
-                    most = max(1, int(share * most))
+                    most = max(min(most, self.batching.least_prefill), int(share * most))
                 ahead = [
                     border - sequence.position
                     for border in self.admission.borders(sequence.request)
@@ -304,7 +305,9 @@ class Scheduler:
         record = prefill.sequences[0].request.record
         step = Step(prefill.number, rows, sample=False, record=record)
         times = self.batching.times
-        expected_s = times.prefill_s(step.shape[0] * step.shape[1]) if times else None
+        num_cached = sum(row.position for row in rows) // len(rows)
+        num_tokens = step.shape[0] * step.shape[1]
+        expected_s = times.prefill_s(num_tokens, num_cached) if times else None
         self._ready.append(step)
         self._in_flight.append(_InFlight(prefill.number, (), False, expected_s))
         for sequence in prefill.sequences:
@@ -330,8 +333,8 @@ class Scheduler:
         sequence.position += len(tokens)
         return row
 
-    def _prefill_tokens(self) -> int:
-        """The most prompt tokens that the next step may have.
+    def _prefill_tokens(self, num_cached: int = 0) -> int:
+        """The most prompt tokens that the next step may have, after so many cached ones.
 
         Beside as many streams as there are once all who wait have entered: those who were first
         are not served faster at the cost of the others.
@@ -341,8 +344,9 @@ class Scheduler:
         # Those who enter with the next step count as before: it is what they were chosen for.
         is_crowded = num_waiting + sum(len(m.coming) for m in self._microbatches) > 1
         if not self._num_decoding:
-            return self.batching.prefill_tokens([], slowdown, is_crowded)
+            return self.batching.prefill_tokens([], slowdown, is_crowded, num_cached)
         total = self.num_active + num_waiting
-        num_microbatches = min(total, len(self._microbatches))
+        num_microbatches = min(total, self.batching.num_microbatches)
         size = min(-(-total // num_microbatches), self.batching.max_sequences)
-        return self.batching.prefill_tokens([size] * num_microbatches, slowdown, is_crowded)
+        sizes = [size] * num_microbatches
+        return self.batching.prefill_tokens(sizes, slowdown, is_crowded, num_cached)

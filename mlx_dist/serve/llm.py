@@ -322,7 +322,7 @@ def _measured(session: Session, rank: Rank, reports: list[Report], case: Case | 
         context_tokens or _LONGEST_PROMPT,
         is_fresh=session.config.batching == "measure",
     )
-    batching = choose(times, len(session.layout.pipe), most)
+    batching = choose(times, len(session.layout.pipe), most, _cached_s(reports, case))
     how = "from an earlier start" if is_remembered else f"in {time.monotonic() - start:.1f} s"
     num_streams = batching.num_microbatches * batching.max_sequences
     rate = times.tokens_per_s(batching.num_microbatches, batching.max_sequences)
@@ -340,6 +340,17 @@ def _measured(session: Session, rank: Rank, reports: list[Report], case: Case | 
             f"{predicted.total_tokens_per_s:.1f}, limited by {predicted.limit}"
         )
     return batching
+
+
+def _cached_s(reports: list[Report], case: Case | None) -> float:
+    """Seconds in which the slowest rank reads what it caches of a token."""
+    if case is None:
+        return 0.0
+    return max(
+        sum(num_bytes for num_bytes, _ in report.kv_cost.growing)
+        / case.machines[report.rank].speeds.stream_bytes_per_s
+        for report in reports
+    )
 
 
 def _log(line: str) -> None:

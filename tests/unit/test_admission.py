@@ -23,10 +23,11 @@ def _admission(
     reuse: Reuse = _TRIMMABLE,
     num_microbatches: int = 1,
     max_sequences: int = 8,
+    most_padding: float = math.inf,
 ) -> Admission:
     """One byte a token on every rank."""
     rooms = [KvRoom(KvCost(0, [(1, None)]), budget) for budget in budgets]
-    batching = Batching(num_microbatches, max_sequences)
+    batching = Batching(num_microbatches, max_sequences, most_padding=most_padding)
     return Admission(batching, KvLedger(rooms, 0), max_queue, reuse)
 
 
@@ -120,6 +121,49 @@ def test_those_enter_together_whose_prompts_fit_one_step():
     assert sizes == [[11, 9, 11], [12], [1, 1, 1]]
 
 
+def _lengths(members):
+    return [[len(s.request.prompt) for s in of_one] for of_one in members]
+
+
+def test_who_is_like_no_other_gets_a_microbatch_of_his_own():
+    admission = _admission(1 << 30, max_sequences=8, most_padding=20)
+    members = [[], []]
+    for num_tokens in (10, 12, 100, 11, 95, 104):
+        admission.submit(_request(num_tokens))
+        _enter(admission, members)
+    assert _lengths(members) == [[10, 12, 11], [100, 95, 104]]
+    # One that is like none of them, where there is no other: he pads least among the short ones.
+    admission.submit(_request(30))
+    _enter(admission, members)
+    assert _lengths(members) == [[10, 12, 11, 30], [100, 95, 104]]
+
+
+def test_a_microbatch_of_his_own_is_one_that_may_be_there_anyway():
+    admission = _admission(1 << 30, num_microbatches=2, max_sequences=8, most_padding=20)
+    members = [[], [], [], []]
+    for num_tokens in (10, 100, 10):
+        admission.submit(_request(num_tokens))
+        _enter(admission, members)
+    assert _lengths(members) == [[10, 10], [100], [], []]
+
+
+def test_those_do_not_enter_together_who_would_pad_each_other():
+    admission = _admission(1 << 30, max_sequences=8, most_padding=20)
+    for num_tokens in (10, 12, 100):
+        admission.submit(_request(num_tokens))
+    assert _lengths([_enter(admission, [[], []]).sequences]) == [[10, 12]]
+
+
+def test_more_microbatches_take_no_more_sequences():
+    admission = _admission(1 << 30, max_sequences=2, most_padding=0)
+    members = [[], []]
+    for num_tokens in (10, 100, 1000):
+        admission.submit(_request(num_tokens))
+    while _enter(admission, members):
+        pass
+    assert _lengths(members) == [[10], [100]]
+
+
 def test_a_chat_goes_on_where_it_was():
     admission, members = _admission(10_000), [[]]
     admission.submit(_request(30))
@@ -171,7 +215,7 @@ def test_what_would_be_reused_goes_if_it_leaves_no_room():
 
 def test_nothing_is_dropped_for_who_does_not_enter():
     admission, members = _admission(2 * _GROWN + 200), [[]]
-    admission.submit(_request(40))
+    admission.submit(_request(30))
     _finish(admission, members, _enter(admission, members).sequences[0])
     admission.submit(_request(50, 50, first=1000))
     _enter(admission, members)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,7 +22,8 @@ def step_times(draw):
     stages = [(draw(seconds), draw(seconds) / 10) for _ in range(num_stages)]
     decode = {size: tuple(a + b * size for a, b in stages) for size in SIZES}
     prefill = {16 * size: tuple(a + b * 16 * size for a, b in stages) for size in SIZES}
-    return StepTimes(decode, prefill, draw(st.floats(0.0, 0.1)))
+    score_s = draw(st.sampled_from([(), tuple(b / 500 for _, b in stages)]))
+    return StepTimes(decode, prefill, draw(st.floats(0.0, 0.1)), score_s)
 
 
 @given(step_times(), st.integers(1, 100))
@@ -67,21 +70,25 @@ def test_larger_microbatches_only_where_they_pay():
     assert choose(uneven, 2, 16).num_microbatches == 1
 
 
-@given(step_times(), st.lists(st.integers(1, 32), min_size=1, max_size=5), st.floats(0.2, 5.0))
-def test_prompts_lengthen_a_gap_no_more_than_said(times, sizes, slowdown):
-    num_stages = len(times.decode[1])
+@given(
+    step_times(),
+    st.lists(st.integers(1, 32), min_size=1, max_size=5),
+    st.floats(0.2, 5.0),
+    st.sampled_from([0, 100, 4000]),
+)
+def test_prompts_lengthen_a_gap_no_more_than_said(times, sizes, slowdown, num_cached):
     batching = Batching(5, 32, 512, times=times)
-    num_tokens = batching.prefill_tokens(sizes, slowdown)
+    num_tokens = batching.prefill_tokens(sizes, slowdown, num_cached=num_cached)
     assert min(times.prefill) <= num_tokens <= 512
-    took_s = slowdown * times.prefill_s(num_tokens)
+    took_s = slowdown * times.prefill_s(num_tokens, num_cached)
     round_s = times.round_s(sizes)
     if num_tokens > min(times.prefill):
         assert round_s + took_s <= 2.2 * round_s * (1 + 1e-9)
-        assert took_s * num_stages <= 2.2 * round_s * (1 + 1e-9)
+        assert took_s * times.num_stages <= 2.2 * round_s * (1 + 1e-9)
     if num_tokens < 512:
-        more_s = slowdown * times.prefill_s(num_tokens + 1)
+        more_s = slowdown * times.prefill_s(num_tokens + 1, num_cached)
         longest_s = 2.2 * round_s * (1 - 1e-9)
-        assert round_s + more_s > longest_s or more_s * num_stages > longest_s
+        assert round_s + more_s > longest_s or more_s * times.num_stages > longest_s
 
 
 @given(step_times(), st.lists(st.integers(1, 32), min_size=1, max_size=5))
@@ -101,6 +108,44 @@ def test_a_prompt_goes_through_in_chunks():
     times = StepTimes({1: (0.1, 0.1)}, {10: (0.2, 0.3)})
     assert times.prompt_s(10, 10) == pytest.approx(0.5)
     assert times.prompt_s(25, 10) == pytest.approx(0.5 + 2 * 0.3)
+
+
+def test_what_is_cached_makes_a_step_longer():
+    times = StepTimes({1: (0.1, 0.1)}, {10: (0.2, 0.3)}, score_s=(0.02, 0.01))
+    assert times.prefill_s(10, 0) == 0.3
+    assert times.prefill_stages_s(10, 5) == pytest.approx((1.2, 0.8))
+    assert times.prefill_s(10, 5) == pytest.approx(1.2)
+
+
+@given(step_times(), st.integers(1, 20_000), st.sampled_from(SIZES))
+def test_in_an_idle_pipe_no_later_step_keeps_the_others_waiting(times, num_cached, sixteenths):
+    chunk = 16 * sixteenths
+    size = times.chunk_after(num_cached, chunk)
+    assert min(times.prefill) <= size <= chunk
+    if times.num_stages == 1 or not times.score_s or num_cached <= 1024:
+        assert size == chunk
+        return
+    longest_s = times.prefill_s(chunk, 1024) * (1 + 1e-9)
+    assert times.prefill_s(size, num_cached) <= longest_s or size == min(times.prefill)
+    if size < chunk:
+        assert times.prefill_s(size + 1, num_cached) > longest_s * (1 - 1e-8)
+
+
+def test_a_long_prompt_leaves_the_pipe_soon_after_its_last_step_enters():
+    curve = {n: (0.02 + 0.001 * n,) * 2 for n in (8, 128)}
+    times = StepTimes({1: (0.03, 0.03)}, curve, score_s=(2e-6,) * 2)
+    lone = StepTimes({1: (0.06,)}, {n: (2 * a,) for n, (a, _) in curve.items()}, score_s=(4e-6,))
+    assert times.prompt_s(2048, 128) < 0.55 * lone.prompt_s(2048, 128)
+    equal_s = sum(times.prefill_s(128, start) for start in range(0, 2048, 128))
+    assert times.prompt_s(2048, 128) < equal_s + times.prefill_s(128, 1920)
+
+
+def test_padding_is_worth_a_quarter_of_a_step_of_its_own():
+    curve = {1: (0.1, 0.2)}
+    assert choose(StepTimes(curve, curve), 2, 8).most_padding == math.inf
+    assert choose(StepTimes(curve, curve), 2, 8, cached_s=1e-3).most_padding == pytest.approx(50)
+    times = StepTimes(curve, curve, score_s=(1e-3, 2e-3))
+    assert choose(times, 2, 8, cached_s=1e-3).most_padding == pytest.approx(25)
 
 
 def test_what_the_flag_says():
@@ -124,4 +169,4 @@ def test_where_many_wait_no_step_is_mostly_overhead(times, sizes, slowdown):
     assert crowded >= alone
     if crowded > alone:
         least_s = times.prefill_s(min(times.prefill))
-        assert times.prefill_s(crowded) <= 2 * least_s * (1 + 1e-9)
+        assert times.prefill_s(crowded) <= 3 * least_s * (1 + 1e-9)

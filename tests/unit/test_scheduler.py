@@ -34,6 +34,7 @@ def scenarios(draw):
         prefill_chunk=chunk,
         prefill_share=draw(st.sampled_from([(chunk + 3) // 4, (chunk + 1) // 2, chunk])),
         times=times,
+        most_padding=draw(st.sampled_from([0, 5, 20, math.inf])),
     )
     num_stages = draw(st.integers(1, 4))
     rooms = draw(st.lists(kv_rooms, min_size=num_stages, max_size=num_stages))
@@ -53,12 +54,14 @@ def scenarios(draw):
 
 
 step_times = st.builds(
-    lambda a, b, stages: StepTimes(
+    lambda a, b, score, stages: StepTimes(
         decode={n: tuple(s * (a + n) for s in stages) for n in (1, 2, 4)},
         prefill={n: tuple(s * (b + n) for s in stages) for n in (4, 16, 64)},
+        score_s=tuple(s * score for s in stages),
     ),
     st.integers(1, 100),
     st.integers(1, 50),
+    st.sampled_from([0.0, 0.01, 0.5]),
     st.lists(st.integers(1, 3).map(float), min_size=2, max_size=2),
 )
 kv_rooms = st.builds(

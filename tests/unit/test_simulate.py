@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import pytest
 
 from benchmarks.simulate import (
@@ -47,6 +50,18 @@ def test_a_long_prompt_does_not_stall_the_streams(num_stages, times_of):
     assert intrusion.p99_during_s <= 2.5 * intrusion.median_before_s
     # Nor do they stall it: it takes the half of the time that is its own.
     assert intrusion.ttft_s < 4 * times.prompt_s(2048, batching.prefill_chunk)
+
+
+def test_a_long_sequence_is_not_what_the_short_ones_are_padded_to():
+    """Five thousand cached tokens take as long as a step."""
+    times = replace(even_times(1, 0.0), score_s=(2e-6,))
+    batching = choose(times, 1, most_sequences=16)
+    arrivals = [Arrival(0.0, 2048, 1 << 20), *[Arrival(10.0, 32, 1 << 20)] * 8]
+    apart_rate, together_rate = (
+        Simulation(1, each, step_cost(times), 0.0, arrivals, end_s=14.0).rate(12.0, 14.0)
+        for each in (batching, replace(batching, most_padding=math.inf))
+    )
+    assert apart_rate > 1.5 * together_rate
 
 
 def test_a_single_stream_does_not_starve_a_long_prompt():

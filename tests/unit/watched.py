@@ -97,7 +97,12 @@ class World:
         self.requests = s.requests()
         self.rng = random.Random(s.seed)
         limit = self.scheduler._prefill_tokens
-        self.scheduler._prefill_tokens = lambda: self.limits.append(limit()) or self.limits[-1]
+
+        def noted(*args: int) -> int:
+            self.limits.append(limit(*args))
+            return self.limits[-1]
+
+        self.scheduler._prefill_tokens = noted
 
     def run(self) -> None:
         """Submit and cancel at random moments, until all is done."""
@@ -193,10 +198,13 @@ class World:
             return None
         first = self.scheduler.admission.waiting[0]
         lengths = [[s.request.most_tokens for s in m] for m in members]
-        target = min(range(len(members)), key=lambda i: len(members[i]))
+        batching = self.scenario.batching
+        if sum(map(len, members)) == batching.num_microbatches * batching.max_sequences:
+            return None
+        target = self.scheduler.admission._target(members, first)
+        assert len(members[target]) < batching.max_sequences
         lengths[target].append(first.request.most_tokens)
-        has_slot = len(members[target]) < self.scenario.batching.max_sequences
-        return first if has_slot and self.ledger.fits(lengths, None) else None
+        return first if self.ledger.fits(lengths, None) else None
 
     def check_memory(self, plan: Plan) -> None:
         """No rank ever holds more than its budget, nor its sequences what they reserved."""
