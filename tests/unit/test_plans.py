@@ -209,11 +209,13 @@ def loaded(tmp_path_factory):
 def test_ranks_that_hold_different_things_are_found():
     rank = MagicMock()
     rank.transport.group_sizes = [1, 1]
-    rank.transport.poll_tokens.return_value = Tokens(-1, [], [], [Vitals(0, 1, 8, digest=5)] * 2)
+    alike = Tokens(-1, [], [], [Vitals(0, 1, 8, digest=5)] * 2)
+    rank.transport.poll_tokens.side_effect = [alike, alike, None]
     leader = Leader(rank, MagicMock(num_in_flight=1))
     leader.turn()
+    assert leader.vitals == alike.vitals
     vitals = [Vitals(0, 1, 8, digest=5), Vitals(0, 1, 8, digest=6)]
-    rank.transport.poll_tokens.return_value = Tokens(-1, [], [], vitals)
+    rank.transport.poll_tokens.side_effect = [Tokens(-1, [], [], vitals)]
     with pytest.raises(ProtocolError, match="no longer hold the same sequences"):
         leader.turn()
     assert leader.is_broken

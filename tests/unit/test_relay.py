@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from contextlib import ExitStack, contextmanager
+from http.client import parse_headers
 
 import httpx2
 import openai
@@ -112,9 +113,10 @@ def broken(chunks):
 
     def answer(server):
         connection, _ = server.accept()
-        with connection:
-            while b"\r\n\r\n" not in connection.recv(65536):
-                pass
+        with connection, connection.makefile("rb") as request:
+            # All of it: what is left unread resets the connection, and takes along what was sent.
+            request.readline()
+            request.read(int(parse_headers(request)["content-length"]))
             head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n"
             connection.sendall(head + b"transfer-encoding: chunked\r\n\r\n")
             for chunk in chunks:
