@@ -9,7 +9,8 @@ says of which of that benchmark's servers, for first-token one of our own with t
 first-token  time to first token of a 2,048-token prompt on an idle server, at one rank and at two
              in turn, and the ratio (bar 0.58)
 stall        8 streams decode on two ranks and a 2,048-token prompt comes: the 99th percentile of
-             their token gaps until its first token, over the median gap before (bar 2.5)
+             their token gaps until its first token, over the median gap before (bar 2.5); and
+             their median gap while its answer is generated
 idle         CPU share of each of two ranks over 60 s without a request (bar 3% of a core), and the
              first token's time after that less that of a server that has just answered (bar 5 ms)
 """
@@ -32,9 +33,10 @@ from benchmarks.servers import KINDS, Kind, Running, cpu_s, running, write_model
 LONG_PROMPT_TOKENS = 2048
 NUM_STREAMS = 8
 IDLE_S = 60.0
-# The streams must outlive the long prompt; they are broken off when it has its first token.
+# The streams must outlive the long prompt and its answer; then they are broken off.
 _STREAM_TOKENS = 1500
 _BEFORE_S = 6.0
+_ANSWER_TOKENS = 32
 # A short prompt, so that the time is the server's waking and not its work.
 _SHORT_PROMPT_TOKENS = 4
 _NUM_BUSY = 8
@@ -42,8 +44,10 @@ _NUM_BUSY = 8
 Measurement = dict[str, object]
 
 
-async def _ask(endpoint: Endpoint, prompts: Prompts, num_tokens: int) -> Completion:
-    request = await Completion(prompts.take(num_tokens), 1).run(endpoint)
+async def _ask(
+    endpoint: Endpoint, prompts: Prompts, num_tokens: int, answer_tokens: int = 1
+) -> Completion:
+    request = await Completion(prompts.take(num_tokens), answer_tokens).run(endpoint)
     if request.error is not None:
         sys.exit(f"a prompt of {num_tokens} tokens failed: {request.error}")
     return request
@@ -74,8 +78,8 @@ def first_token(kind: Kind, model: Path, scratch: Path, rounds: int) -> Measurem
     return {"one_rank_s": times_s[0], "two_ranks_s": times_s[1], "ratio": two_s / one_s}
 
 
-async def _stall_once(endpoint: Endpoint, prompts: Prompts) -> tuple[list[float], list[float]]:
-    """The token gaps of all streams before the long prompt was sent, and until its first token."""
+async def _stall_once(endpoint: Endpoint, prompts: Prompts) -> tuple[list[float], ...]:
+    """The token gaps of all streams before the long prompt, until its first and its last token."""
     streams = [Completion(prompts.take(32), _STREAM_TOKENS) for _ in range(NUM_STREAMS)]
     tasks = [asyncio.create_task(stream.run(endpoint)) for stream in streams]
     try:
@@ -83,7 +87,7 @@ async def _stall_once(endpoint: Endpoint, prompts: Prompts) -> tuple[list[float]
             await asyncio.sleep(0.05)
         start_s = time.perf_counter()
         await asyncio.sleep(_BEFORE_S)
-        long = await _ask(endpoint, prompts, LONG_PROMPT_TOKENS)
+        long = await _ask(endpoint, prompts, LONG_PROMPT_TOKENS, _ANSWER_TOKENS)
         # The gaps that are open now belong to the long prompt too.
         while any(stream.piece_times_s[-1] < long.ended_s for stream in streams):
             await asyncio.sleep(0.05)
@@ -92,10 +96,11 @@ async def _stall_once(endpoint: Endpoint, prompts: Prompts) -> tuple[list[float]
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
     if any(task.done() and not task.cancelled() for task in tasks):
-        sys.exit("a stream ended before the long prompt had its first token")
-    before = [gap for stream in streams for gap in _gaps(stream, start_s, long.sent_s)]
-    during = [gap for stream in streams for gap in _gaps(stream, long.sent_s, long.ended_s)]
-    return before, during
+        sys.exit("a stream ended before the long prompt's answer")
+    times = [start_s, long.sent_s, long.piece_times_s[0], long.ended_s]
+    return tuple(
+        [gap for stream in streams for gap in _gaps(stream, *span)] for span in pairwise(times)
+    )
 
 
 def _gaps(stream: Completion, start_s: float, end_s: float) -> list[float]:
@@ -108,19 +113,26 @@ def stall(kind: Kind, model: Path, scratch: Path, rounds: int) -> Measurement:
     prompts = Prompts(2)
     before: list[float] = []
     during: list[float] = []
+    beside: list[float] = []
     with running(kind, model, scratch) as server:
         _first_token_s(server, prompts, LONG_PROMPT_TOKENS)
         for _ in range(rounds):
-            some_before, some_during = asyncio.run(_stall_once(server.endpoint, prompts))
-            before += some_before
-            during += some_during
-    usual_s, worst_s = median(before), percentile(during, 99)
+            found = asyncio.run(_stall_once(server.endpoint, prompts))
+            for gaps, more in zip((before, during, beside), found, strict=True):
+                gaps += more
+    usual_s, worst_s, beside_s = median(before), percentile(during, 99), median(beside)
     print(
         f"token gap of {NUM_STREAMS} streams: median {1e3 * usual_s:.0f} ms before, 99% "
         f"{1e3 * worst_s:.0f} ms (median {1e3 * median(during):.0f}) during a "
-        f"{LONG_PROMPT_TOKENS}-token prompt; ratio {worst_s / usual_s:.2f} (bar 2.5)"
+        f"{LONG_PROMPT_TOKENS}-token prompt; ratio {worst_s / usual_s:.2f} (bar 2.5); median "
+        f"{1e3 * beside_s:.0f} ms beside its answer"
     )
-    return {"median_before_s": usual_s, "p99_during_s": worst_s, "ratio": worst_s / usual_s}
+    return {
+        "median_before_s": usual_s,
+        "p99_during_s": worst_s,
+        "ratio": worst_s / usual_s,
+        "median_beside_s": beside_s,
+    }
 
 
 def idle(kind: Kind, model: Path, scratch: Path, rounds: int) -> Measurement:

@@ -20,7 +20,7 @@ _WORTHWHILE = 1.05
 _LONGEST_GAP = 2.2
 _TYPICAL_PROMPT = 2048
 # A step that takes so many times the shortest there is, is mostly arithmetic.
-_OF_LEAST_STEP = 3.0
+_OF_LEAST_STEP = 2.0
 # Padding is read at every step, and all of a microbatch is copied whenever a sequence joins or
 # leaves, which takes several times as long: so it may take this part of a step of its own.
 _WORTHWHILE_PADDING = 0.25
@@ -66,26 +66,9 @@ class StepTimes:
         return max(sum(self.decode_s(size) for size in sizes), latency_s)
 
     def prompt_s(self, num_tokens: int, chunk: int) -> float:
-        """Seconds of a prompt's way through the idle pipe in steps of `chunk` tokens at most."""
-        done, sum_s, longest_s = 0, 0.0, 0.0
-        while done < num_tokens:
-            size = min(self.chunk_after(done, chunk), num_tokens - done)
-            stages_s = self.prefill_stages_s(size, done)
-            sum_s += max(stages_s)
-            longest_s = max(longest_s, sum(stages_s) - max(stages_s))
-            done += size
-        return sum_s + longest_s
-
-    def chunk_after(self, num_cached: int, chunk: int) -> int:
-        """The prompt tokens of the next step in an idle pipe, `chunk` at most.
-
-        The more is cached the longer each token takes, and the longest step is the time for which
-        the other stages wait in the end: none takes longer than in the middle of a typical prompt.
-        """
-        if self.num_stages == 1 or not self.score_s:
-            return chunk
-        longest_s = self.prefill_s(chunk, _TYPICAL_PROMPT // 2)
-        return min(chunk, self.prefill_within(longest_s, num_cached))
+        """Seconds of a prompt's way through the idle pipe in chunks."""
+        stages_s = interpolate(self.prefill, min(chunk, num_tokens))
+        return sum(stages_s) + (-(-num_tokens // chunk) - 1) * max(stages_s)
 
     def prefill_beside(self, sizes: list[int], slowdown: float, num_cached: int) -> int:
         """The most prompt tokens of one step beside microbatches of these sizes.
@@ -159,10 +142,10 @@ class Batching:
         took than their times say. Where it `is_crowded` by those who wait, no step is so small that
         it would only make them wait longer.
         """
-        if self.times is None:
-            return min(self.prefill_share, self.prefill_chunk) if decoding else self.prefill_chunk
         if not decoding:
-            return self.times.chunk_after(num_cached, self.prefill_chunk)
+            return self.prefill_chunk
+        if self.times is None:
+            return min(self.prefill_share, self.prefill_chunk)
         most = self.times.prefill_beside(decoding, slowdown, num_cached)
         if is_crowded:
             most = max(most, self.times.least_worthwhile_prefill)

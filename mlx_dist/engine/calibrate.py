@@ -17,8 +17,8 @@ _NUM_DECODES = 4
 _LARGEST_MICROBATCH = 64
 _LEAST_CHUNK = 8
 _LARGEST_CHUNK = 512
-# A step of so many seconds shows what is cached well enough.
-_SHORT_STEP_S = 1.0
+# What noise makes of a shorter step says more than what is cached.
+_LEAST_SCORED_CHUNK = 128
 _MICROBATCH = 0
 
 
@@ -48,10 +48,10 @@ def measure(leader: Leader, most_sequences: int, context_tokens: int, budget_s: 
             break
     # A model of a tiny context has no chunk to measure.
     times = StepTimes(decode, prefill or {1: decode[1]}, hop_s)
-    short = [size for size in times.prefill if times.prefill_s(size) <= _SHORT_STEP_S]
-    if not short or 2 * max(short) >= context_tokens or not fits([[2 * max(short)]], None):
+    twice = [n for n in prefill if 2 * n < context_tokens and fits([[2 * n]], None)]
+    if max(twice, default=0) < _LEAST_SCORED_CHUNK:
         return times
-    return replace(times, score_s=_score_s(leader, max(short)))
+    return replace(times, score_s=_score_s(leader, max(twice)))
 
 
 def remembered(

@@ -117,29 +117,6 @@ def test_what_is_cached_makes_a_step_longer():
     assert times.prefill_s(10, 5) == pytest.approx(1.2)
 
 
-@given(step_times(), st.integers(1, 20_000), st.sampled_from(SIZES))
-def test_in_an_idle_pipe_no_later_step_keeps_the_others_waiting(times, num_cached, sixteenths):
-    chunk = 16 * sixteenths
-    size = times.chunk_after(num_cached, chunk)
-    assert min(times.prefill) <= size <= chunk
-    if times.num_stages == 1 or not times.score_s or num_cached <= 1024:
-        assert size == chunk
-        return
-    longest_s = times.prefill_s(chunk, 1024) * (1 + 1e-9)
-    assert times.prefill_s(size, num_cached) <= longest_s or size == min(times.prefill)
-    if size < chunk:
-        assert times.prefill_s(size + 1, num_cached) > longest_s * (1 - 1e-8)
-
-
-def test_a_long_prompt_leaves_the_pipe_soon_after_its_last_step_enters():
-    curve = {n: (0.02 + 0.001 * n,) * 2 for n in (8, 128)}
-    times = StepTimes({1: (0.03, 0.03)}, curve, score_s=(2e-6,) * 2)
-    lone = StepTimes({1: (0.06,)}, {n: (2 * a,) for n, (a, _) in curve.items()}, score_s=(4e-6,))
-    assert times.prompt_s(2048, 128) < 0.55 * lone.prompt_s(2048, 128)
-    equal_s = sum(times.prefill_s(128, start) for start in range(0, 2048, 128))
-    assert times.prompt_s(2048, 128) < equal_s + times.prefill_s(128, 1920)
-
-
 def test_padding_is_worth_a_quarter_of_a_step_of_its_own():
     curve = {1: (0.1, 0.2)}
     assert choose(StepTimes(curve, curve), 2, 8).most_padding == math.inf
@@ -169,4 +146,4 @@ def test_where_many_wait_no_step_is_mostly_overhead(times, sizes, slowdown):
     assert crowded >= alone
     if crowded > alone:
         least_s = times.prefill_s(min(times.prefill))
-        assert times.prefill_s(crowded) <= 3 * least_s * (1 + 1e-9)
+        assert times.prefill_s(crowded) <= 2 * least_s * (1 + 1e-9)
