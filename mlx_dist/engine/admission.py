@@ -7,6 +7,7 @@ of earlier sequences takes the memory that is left, and makes room when it is ne
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -16,6 +17,9 @@ from mlx_dist.engine.prefix import Match, PrefixIndex
 from mlx_dist.engine.sequence import Request, Sequence
 from mlx_dist.errors import NotReadyError, PromptTooLongError, QueueFullError
 from mlx_dist.messages import PENALTY_CONTEXT, Drop, Keep, Opening, Plan
+
+# The most prompt tokens of a step, by how many are cached before them.
+Budget = Callable[[int], int]
 
 # Fewer tokens are computed about as fast as they are copied.
 _LEAST_REUSED = 8
@@ -100,12 +104,12 @@ class Admission:
         self.waiting.append(sequence)
         return sequence
 
-    def next_group(self, members: list[list[Sequence]], most_prefill: int) -> Group | None:
+    def next_group(self, members: list[list[Sequence]], most_prefill: Budget) -> Group | None:
         """The next sequences that can enter and are prefilled together, or None.
 
         `members` are those of each microbatch already: as many as decode at a time, and perhaps
-        more for sequences of other lengths. Several make a group only if one step of
-        `most_prefill` tokens, padding included, is enough for them.
+        more for sequences of other lengths. Several make a group only if one step
+        within `most_prefill`, padding included, is enough for them.
         """
         num_active = sum(map(len, members))
         num_free = self._batching.num_microbatches * self._batching.max_sequences - num_active
@@ -177,7 +181,7 @@ class Admission:
         return min(padding, key=lambda i: padding[i])
 
     def _enter(
-        self, sequence: Sequence, group: Group, members: list[list[Sequence]], most_prefill: int
+        self, sequence: Sequence, group: Group, members: list[list[Sequence]], most_prefill: Budget
     ) -> bool:
         """Give `sequence` a slot in `group` and its memory, if it fits in there."""
         lengths = _lengths(members)
@@ -215,13 +219,14 @@ class Admission:
         return True
 
     def _can_share(
-        self, group: Group, sequence: Sequence, num_cached: int, most_prefill: int
+        self, group: Group, sequence: Sequence, num_cached: int, most_prefill: Budget
     ) -> bool:
         """Whether the group's prompts and that of `sequence` can go in one step."""
         num_to_prefill = [s.num_to_prefill for s in group.sequences]
         num_to_prefill.append(len(sequence.request.prompt) - 1 - num_cached)
+        most_cached = max(num_cached, *(s.num_cached for s in group.sequences))
         return (
-            len(num_to_prefill) * max(num_to_prefill) <= most_prefill
+            len(num_to_prefill) * max(num_to_prefill) <= most_prefill(most_cached)
             and (self._batching.pads or min(num_to_prefill) == max(num_to_prefill))
             # A step has no rows without tokens.
             and (min(num_to_prefill) > 0 or max(num_to_prefill) == 0)

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 
-from mlx_dist.engine.admission import Admission, Reuse
+from mlx_dist.engine.admission import Admission, Budget, Reuse
 from mlx_dist.engine.batching import Batching
 from mlx_dist.engine.kv import KvLedger
 from mlx_dist.engine.sequence import Event, FinishReason, Request, Sequence
@@ -267,7 +268,7 @@ class Scheduler:
         """
         while True:
             members = [m.members for m in self._microbatches]
-            group = self.admission.next_group(members, self._prefill_tokens())
+            group = self.admission.next_group(members, self._budget())
             if group is None:
                 return None
             prefill = _Prefill(
@@ -282,7 +283,7 @@ class Scheduler:
                 return prefill
 
     def _plan_prefill(self, prefill: _Prefill) -> None:
-        most = self._prefill_tokens(prefill.sequences[0].position)
+        most = self._budget()(max(s.position for s in prefill.sequences))
         rows = []
         for sequence in prefill.sequences:
             num_tokens = sequence.num_to_prefill
@@ -333,8 +334,8 @@ class Scheduler:
         sequence.position += len(tokens)
         return row
 
-    def _prefill_tokens(self, num_cached: int = 0) -> int:
-        """The most prompt tokens that the next step may have, after so many cached ones.
+    def _budget(self) -> Budget:
+        """How many prompt tokens the next step may have.
 
         Beside as many streams as there are once all who wait have entered: those who were first
         are not served faster at the cost of the others.
@@ -343,10 +344,10 @@ class Scheduler:
         num_waiting = len(self.admission.waiting)
         # Those who enter with the next step count as before: it is what they were chosen for.
         is_crowded = num_waiting + sum(len(m.coming) for m in self._microbatches) > 1
-        if not self._num_decoding:
-            return self.batching.prefill_tokens([], slowdown, is_crowded, num_cached)
-        total = self.num_active + num_waiting
-        num_microbatches = min(total, self.batching.num_microbatches)
-        size = min(-(-total // num_microbatches), self.batching.max_sequences)
-        sizes = [size] * num_microbatches
-        return self.batching.prefill_tokens(sizes, slowdown, is_crowded, num_cached)
+        sizes = []
+        if self._num_decoding:
+            total = self.num_active + num_waiting
+            num_microbatches = min(total, self.batching.num_microbatches)
+            size = min(-(-total // num_microbatches), self.batching.max_sequences)
+            sizes = [size] * num_microbatches
+        return partial(self.batching.prefill_tokens, sizes, slowdown, is_crowded)

@@ -35,9 +35,9 @@ def _request(num_tokens: int, max_tokens: int = 5, first: int = 0, **kwargs) -> 
     return Request(tuple(range(first, first + num_tokens)), max_tokens, Sampling(), **kwargs)
 
 
-def _enter(admission, members, most=1000):
+def _enter(admission, members, most=1000, most_beside_cached=1000):
     """Take the next group into `members`."""
-    group = admission.next_group(members, most)
+    group = admission.next_group(members, lambda cached: most_beside_cached if cached else most)
     if group is not None:
         members[group.target] += group.sequences
     return group
@@ -119,6 +119,17 @@ def test_those_enter_together_whose_prompts_fit_one_step():
     sizes = [[len(s.request.prompt) for s in group.sequences] for group in groups]
     # Of 12 tokens all but the last are computed; of one, none.
     assert sizes == [[11, 9, 11], [12], [1, 1, 1]]
+
+
+@pytest.mark.parametrize(("most", "num_together"), [(18, 2), (17, 1)])
+def test_what_is_cached_counts_for_who_may_enter_together(most, num_together):
+    admission, members = _admission(10_000), [[]]
+    admission.submit(_request(30))
+    _finish(admission, members, _enter(admission, members).sequences[0])
+    admission.submit(_request(40))
+    admission.submit(_request(40))
+    group = _enter(admission, members, most_beside_cached=most)
+    assert [s.num_to_prefill for s in group.sequences] == [9] * num_together
 
 
 def _lengths(members):

@@ -6,7 +6,7 @@ import random
 from collections import deque
 from dataclasses import dataclass, field
 
-from mlx_dist.engine.admission import Reuse
+from mlx_dist.engine.admission import Budget, Reuse
 from mlx_dist.engine.batching import Batching
 from mlx_dist.engine.kv import KvLedger, KvRoom
 from mlx_dist.engine.scheduler import Scheduler
@@ -96,13 +96,18 @@ class World:
         )
         self.requests = s.requests()
         self.rng = random.Random(s.seed)
-        limit = self.scheduler._prefill_tokens
+        budget_of = self.scheduler._budget
 
-        def noted(*args: int) -> int:
-            self.limits.append(limit(*args))
-            return self.limits[-1]
+        def noted_budget() -> Budget:
+            budget = budget_of()
 
-        self.scheduler._prefill_tokens = noted
+            def noted(num_cached: int) -> int:
+                self.limits.append(budget(num_cached))
+                return self.limits[-1]
+
+            return noted
+
+        self.scheduler._budget = noted_budget
 
     def run(self) -> None:
         """Submit and cancel at random moments, until all is done."""
