@@ -164,6 +164,8 @@ def nominal_speeds(chip: Chip, gpu_cores: int | None, dtype: str, bits: int) -> 
         op_s=_OP_S,
         # Two arrays are read and one is written; the function itself is nothing beside that.
         element_s=3 * width / bytes_per_s,
+        # Attention is one operation.
+        head_s=0.0,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import time
 from dataclasses import dataclass
+from statistics import median
 
 import mlx.core as mx
 
@@ -34,7 +35,7 @@ class TensorGroup:
         return mx.distributed.all_gather(array, group=self.group)
 
     def sum_s(self, num_bytes: int, dtype: mx.Dtype, num_sums: int, num_trials: int) -> float:
-        """Seconds of a sum of so many bytes, one of several in a row; the best of some trials.
+        """Seconds of a sum of so many bytes, one of several in a row; the median of some trials.
 
         Every rank of the group must measure at the same time.
         """
@@ -48,7 +49,7 @@ class TensorGroup:
                 total = self.sum(total * one if num_bytes <= _SMALL_BYTES else total)
             mx.eval(total)
             times.append((time.perf_counter() - start) / num_sums)
-        return min(times[1:])
+        return median(times[1:])
 
 
 def kept(group: mx.distributed.Group) -> mx.distributed.Group:

@@ -11,7 +11,7 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import cycle, islice
@@ -47,10 +47,13 @@ _MOST_BYTES, _MEMORY_SHARE = 256_000_000, 8
 # Of the time for a curve, what the making of matrices may take.
 _MAKING_SHARE = 0.25
 _MOST_REPEATS = 20
-_NUM_OPS = 300
-_OP_WIDTH = 1024
+# As many operations follow a pair of products, about, as in a layer; and so many pairs.
+_NUM_OPS, _NUM_OP_PAIRS = 20, 8
+_MOST_OP_REPEATS = 50
 # Enough elements that launching a kernel does not count.
 _GPU_ELEMENTS, _CPU_ELEMENTS = 1 << 24, 1 << 18
+# Heads of many sequences, their keys and the width of both.
+_NUM_HEADS, _NUM_KEYS, _HEAD_WIDTH = 1024, 64, 64
 
 Product = Callable[[mx.array], mx.array]
 
@@ -102,17 +105,24 @@ def measure_speeds(
     kind = _DTYPES[dtype]
     most_bytes = min(_MOST_BYTES, available_bytes() // _MEMORY_SHARE)
     shape = _GPU_SHAPE if _is_gpu() else _shape(matrix or _CPU_SHAPE, kind, most_bytes)
-    product_s, quantized_s = _curve(kind, 0, shape, most_bytes, budget_s), {}
+    quantized_s: dict[int, float] = {}
     if bits in _QUANTIZED_BITS:
-        quantized_s = _curve(kind, bits, shape, most_bytes, budget_s)
+        pairs, left_s = _pairs(kind, bits, shape, most_bytes, budget_s)
+        quantized_s = _curve(pairs, kind, shape, left_s)
+        del pairs
+    pairs, left_s = _pairs(kind, 0, shape, most_bytes, budget_s)
+    product_s = _curve(pairs, kind, shape, left_s)
+    op_s = _op_s(pairs, kind, shape, budget_s / 2)
+    del pairs
     speeds = Speeds(
         dtype=dtype,
         bits=bits,
         product_s=product_s,
         quantized_s=quantized_s,
-        stream_bytes_per_s=_stream_bytes_per_s(kind, most_bytes // 4, budget_s / 3),
-        op_s=_op_s(kind, budget_s / 3),
-        element_s=_element_s(kind, budget_s / 3),
+        stream_bytes_per_s=_stream_bytes_per_s(kind, most_bytes // 4, budget_s / 6),
+        op_s=op_s,
+        element_s=_element_s(kind, budget_s / 6),
+        head_s=_head_s(kind, budget_s / 6),
     )
     # What was measured with is of no use to the model.
     mx.clear_cache()
@@ -175,20 +185,26 @@ def _shape(matrix: tuple[int, int], dtype: mx.Dtype, most_bytes: int) -> tuple[i
     return min(wide, max(most_wide // _MULTIPLE, 1) * _MULTIPLE), width
 
 
-def _curve(
+def _pairs(
     dtype: mx.Dtype, bits: int, shape: tuple[int, int], most_bytes: int, budget_s: float
-) -> dict[int, float]:
-    """Seconds a weight for each number of tokens that there is time for; `bits` 0: unquantized."""
-    end = time.perf_counter() + budget_s
-    wide, width = shape
+) -> tuple[list[Product], float]:
+    """Pairs of matrices, and what is left of the time; `bits` 0: unquantized."""
+    begun = time.perf_counter()
     pairs: list[Product] = []
     left_bytes = most_bytes
-    while not pairs or (
-        left_bytes > 0 and end - time.perf_counter() > (1 - _MAKING_SHARE) * budget_s
-    ):
-        pair, num_bytes = _pair(wide, width, dtype, bits)
+    while not pairs or (left_bytes > 0 and time.perf_counter() - begun < _MAKING_SHARE * budget_s):
+        pair, num_bytes = _pair(*shape, dtype, bits)
         pairs.append(pair)
         left_bytes -= num_bytes
+    return pairs, budget_s - (time.perf_counter() - begun)
+
+
+def _curve(
+    pairs: Sequence[Product], dtype: mx.Dtype, shape: tuple[int, int], budget_s: float
+) -> dict[int, float]:
+    """Seconds a weight for each number of tokens that there is time for."""
+    end = time.perf_counter() + budget_s
+    wide, width = shape
     # The matrix that is next was used the longest ago.
     used = cycle(pairs)
     curve: dict[int, float] = {}
@@ -251,18 +267,35 @@ def _stream_bytes_per_s(dtype: mx.Dtype, num_bytes: int, budget_s: float) -> flo
     return array.nbytes / _usual(lambda: mx.max(array), budget_s)
 
 
-def _op_s(dtype: mx.Dtype, budget_s: float) -> float:
-    """Of one token's hidden state, by turns an addition and a multiplication."""
-    one, zero = mx.ones((_OP_WIDTH,), dtype), mx.zeros((_OP_WIDTH,), dtype)
+def _op_s(
+    pairs: Sequence[Product], dtype: mx.Dtype, shape: tuple[int, int], budget_s: float
+) -> float:
+    """Of one token's hidden state, by turns an addition and a multiplication.
+
+    It is what products take longer with some between them: whoever builds the graph and sets it
+    off finds in its caches what products leave there, and may have to wait for a core.
+    """
+    _, width = shape
+    one, zero = mx.ones((width,), dtype), mx.zeros((width,), dtype)
     mx.eval(one, zero)
+    used = cycle(pairs)
 
-    def ops() -> mx.array:
-        x_LD = one.reshape(1, 1, _OP_WIDTH)
-        for _ in range(_NUM_OPS // 2):
-            x_LD = (x_LD + zero) * one
-        return x_LD
+    def seconds(num_ops: int) -> float:
+        begun = time.perf_counter()
+        x_LD = one.reshape(1, 1, width)
+        for pair in islice(used, _NUM_OP_PAIRS):
+            x_LD = pair(x_LD)
+            for _ in range(num_ops // 2):
+                x_LD = (x_LD + zero) * one
+        mx.eval(x_LD)
+        return time.perf_counter() - begun
 
-    return _usual(ops, budget_s) / _NUM_OPS
+    end = time.perf_counter() + budget_s
+    seconds(_NUM_OPS)
+    longer_s: list[float] = []
+    while not longer_s or (len(longer_s) < _MOST_OP_REPEATS and time.perf_counter() < end):
+        longer_s.append(seconds(_NUM_OPS) - seconds(0))
+    return max(median(longer_s), 0.0) / (_NUM_OP_PAIRS * _NUM_OPS)
 
 
 def _element_s(dtype: mx.Dtype, budget_s: float) -> float:
@@ -270,6 +303,13 @@ def _element_s(dtype: mx.Dtype, budget_s: float) -> float:
     array = mx.random.normal((_GPU_ELEMENTS if _is_gpu() else _CPU_ELEMENTS,)).astype(dtype)
     mx.eval(array)
     return _usual(lambda: nn.silu(array) * array, budget_s) / array.size
+
+
+def _head_s(dtype: mx.Dtype, budget_s: float) -> float:
+    queries = mx.ones((_NUM_HEADS, 1, _HEAD_WIDTH), dtype)
+    keys = mx.ones((_NUM_HEADS, _NUM_KEYS, _HEAD_WIDTH), dtype)
+    mx.eval(queries, keys)
+    return _usual(lambda: queries @ keys.swapaxes(-1, -2), budget_s) / _NUM_HEADS
 
 
 def _usual(compute: Callable[[], mx.array], budget_s: float) -> float:

@@ -135,7 +135,8 @@ def _experts_time(speeds: Speeds, layer: LayerCost, num_tokens: int) -> Seconds:
 def _attention_time(speeds: Speeds, layer: LayerCost, shape: StepShape) -> Seconds:
     """Seconds of reading what is cached, once a sequence, and of scores at the rate of products.
 
-    Where attention is several operations, a softmax costs an exponential for each score.
+    Where attention is several operations, a softmax costs an exponential for each score, and each
+    head of a sequence is a product of its own with keys, and one with values.
     """
     all_tokens = shape.cached_tokens + shape.tokens_each
     read_bytes = layer.kv.bytes_for(all_tokens) * shape.num_sequences
@@ -145,10 +146,11 @@ def _attention_time(speeds: Speeds, layer: LayerCost, shape: StepShape) -> Secon
     most = max(speeds.product_s)
     flops_per_s = 2 * most / speeds.product_s[most]
     num_scores = layer.num_scores * mean_keys * shape.num_tokens
+    num_products = 2 * layer.num_scores * shape.num_sequences
     return Seconds(
         read_bytes / speeds.stream_bytes_per_s,
         num_flops / flops_per_s,
-        num_scores * speeds.element_s,
+        num_scores * speeds.element_s + num_products * speeds.head_s,
     )
 
 

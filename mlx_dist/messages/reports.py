@@ -51,7 +51,8 @@ class Speeds(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     `product_s` and `quantized_s` give, for a number of tokens in a step, the seconds that each
     weight of a matrix costs which all of these tokens are multiplied with: in the model's dtype,
     and quantized to `bits`. `op_s` is what a small operation costs, `element_s` an element of an
-    activation function, `stream_bytes_per_s` how fast memory is read.
+    activation function, `head_s` one of many small products at a time, as attention has them for
+    each head of each sequence, and `stream_bytes_per_s` how fast memory is read.
     """
 
     dtype: str
@@ -61,6 +62,7 @@ class Speeds(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     stream_bytes_per_s: float
     op_s: float
     element_s: float
+    head_s: float
 
 
 class Interface(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

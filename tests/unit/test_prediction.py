@@ -38,6 +38,7 @@ SPEEDS = Speeds(
     stream_bytes_per_s=1e10,
     op_s=1e-6,
     element_s=1e-9,
+    head_s=1e-7,
 )
 LAYER = LayerCost(
     weights_bytes=4_000_000,
@@ -73,6 +74,7 @@ def machine(name: str, gigabytes: float = 8, slowdown: float = 1.0) -> Machine:
         SPEEDS.stream_bytes_per_s / slowdown,
         SPEEDS.op_s * slowdown,
         SPEEDS.element_s * slowdown,
+        SPEEDS.head_s * slowdown,
     )
     return Machine(name, "chip", int(1.25 * gigabytes * GB), int(gigabytes * GB), speeds)
 
@@ -116,6 +118,20 @@ def test_a_layer_costs_its_matrices_its_caches_and_its_operations():
     assert seconds.total_s == pytest.approx(
         seconds.memory_s + seconds.products_s + seconds.operations_s
     )
+
+
+@pytest.mark.parametrize("tokens_each", [1, 50])
+def test_each_head_of_a_sequence_multiplies_twice_where_attention_is_several_operations(
+    tokens_each,
+):
+    shape = StepShape(num_sequences=3, tokens_each=tokens_each, cached_tokens=100, num_sampled=3)
+    fused, several = (
+        layer_time(SPEEDS, replace(LAYER, num_scores=num_heads), shape) for num_heads in (0, 8)
+    )
+    num_scores = 8 * 3 * tokens_each * (100 + (tokens_each + 1) / 2)
+    added_s = several.operations_s - fused.operations_s
+    assert added_s == pytest.approx(num_scores * SPEEDS.element_s + 2 * 8 * 3 * SPEEDS.head_s)
+    assert replace(several, operations_s=fused.operations_s) == fused
 
 
 def test_a_chunk_looks_at_what_is_before_it_and_half_of_itself():
