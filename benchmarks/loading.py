@@ -6,8 +6,9 @@ A random float32 model of 0.5 GB, which the system has in its cache. The ranks o
 ranks read at the same time, in turn with as many `dd`, each of the bytes of one rank: once to
 /dev/null in blocks of 1 MB, which stay in the processor's cache, and once in one block, which
 keeps what it reads as a rank must. Memory that a process touches for the first time is cleared by
-the system and brought in page by page; that is what the two differ by. Rates are the medians of
-all rounds, in GB/s. `one by one` reads a tensor when the one before is there.
+the system and brought in page by page; that is what the two differ by. Of more `dd` than cores, one
+that starts second keeps a core to itself: rounds begin with another one each. Rates are the medians
+of all rounds, in GB/s. `one by one` reads a tensor when the one before is there.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -93,17 +95,21 @@ def load(model: Path, num_ranks: int, ahead_bytes: int = -1) -> list[dict[str, A
     return [json.loads(_output(process)[0]) for process in ranks]
 
 
-def dd_s(file: Path, sizes: Sequence[int], keeps: bool) -> list[float]:
-    """Seconds that `dd` of so many bytes each takes by its own account, all at once."""
-    jobs, start = [], 0
-    for size in sizes:
-        block = size if keeps else _BLOCK_BYTES
-        place = ["count=1"] if keeps else [f"skip={start // block}", f"count={size // block}"]
-        jobs.append(_start(["dd", f"if={file}", "of=/dev/null", f"bs={block}", *place]))
-        start += size
+def dd_s(file: Path, sizes: Sequence[int], keeps: bool, first: int) -> list[float]:
+    """Seconds that `dd` of so many bytes each takes by its own account, all at once.
+
+    They start in order, beginning with `first`.
+    """
+    jobs: dict[int, subprocess.Popen[str]] = {}
+    starts = [0, *accumulate(sizes)]
+    for i in (*range(first, len(sizes)), *range(first)):
+        block = sizes[i] if keeps else _BLOCK_BYTES
+        place = [f"skip={starts[i] // block}", f"count={sizes[i] // block}"]
+        place = ["count=1"] if keeps else place
+        jobs[i] = _start(["dd", f"if={file}", "of=/dev/null", f"bs={block}", *place])
     took = []
-    for job in jobs:
-        _, err = _output(job)
+    for i in range(len(sizes)):
+        _, err = _output(jobs[i])
         # GNU: "…copied, 0.1 s, 5 GB/s"; BSD: "…transferred in 0.1 secs (5 bytes/sec)".
         [seconds] = re.findall(r"(?:copied,|transferred in) ([\d.e-]+) s", err)
         took.append(float(seconds))
@@ -121,10 +127,12 @@ def main() -> None:
         for num_ranks in _RANKS:
             sizes = [rank["bytes"] for rank in load(model, num_ranks)]
             rounds = []
-            for _ in range(num_rounds):
+            for number in range(num_rounds):
+                first = number % num_ranks
                 single = [rank["read_s"] for rank in load(model, num_ranks, 0)]
                 several = [rank["read_s"] for rank in load(model, num_ranks)]
-                rounds.append((dd_s(file, sizes, False), dd_s(file, sizes, True), single, several))
+                dd = [dd_s(file, sizes, keeps, first) for keeps in (False, True)]
+                rounds.append((*dd, single, several))
             for rank, size in enumerate(sizes):
                 seconds = [[column[rank] for column in row] for row in rounds]
                 rates = [size / 1e9 / median(column) for column in zip(*seconds, strict=True)]
