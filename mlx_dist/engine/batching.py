@@ -20,7 +20,7 @@ _WORTHWHILE = 1.05
 _LONGEST_GAP = 2.2
 _TYPICAL_PROMPT = 2048
 # A step that takes so many times the shortest there is, is mostly arithmetic.
-_OF_LEAST_STEP = 2.0
+_OF_LEAST_STEP = 3.5
 # Padding is read at every step, and all of a microbatch is copied whenever a sequence joins or
 # leaves, which takes several times as long: so it may take this part of a step of its own.
 _WORTHWHILE_PADDING = 0.25

@@ -146,4 +146,4 @@ def test_where_many_wait_no_step_is_mostly_overhead(times, sizes, slowdown):
     assert crowded >= alone
     if crowded > alone:
         least_s = times.prefill_s(min(times.prefill))
-        assert times.prefill_s(crowded) <= 2 * least_s * (1 + 1e-9)
+        assert times.prefill_s(crowded) <= 3.5 * least_s * (1 + 1e-9)
