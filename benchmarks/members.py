@@ -67,20 +67,32 @@ class Findings:
 
 
 class Meeting:
-    """Where threads that stand for the ranks of a group exchange arrays."""
+    """Where threads that stand for the ranks of a group exchange arrays.
+
+    One of them works at a time, the one that has the `turn`: when threads of a process evaluate at
+    once, MLX may wait for ever for a task that is done.
+    """
 
     def __init__(self, size: int) -> None:
         self.size = size
         self._brought: list[NDArray[Any]] = [np.empty(0)] * size
         self._barrier = threading.Barrier(size)
+        self.turn = threading.Lock()
 
     def all(self, place: int, array: mx.array) -> list[NDArray[Any]]:
         """What every member brings, in order. In float32, which holds all that bfloat16 does."""
         self._brought[place] = np.array(array.astype(mx.float32))
-        self._barrier.wait(60)
+        self._meet()
         brought = list(self._brought)
-        self._barrier.wait(60)
+        self._meet()
         return brought
+
+    def _meet(self) -> None:
+        self.turn.release()
+        try:
+            self._barrier.wait(60)
+        finally:
+            self.turn.acquire()
 
     def leave(self) -> None:
         """Wait for nobody any more, and let nobody wait."""
@@ -173,7 +185,8 @@ class SlicedRig:
 
         def guarded(own: S) -> T:
             try:
-                return work(own)
+                with self._meeting.turn:
+                    return work(own)
             except Exception:
                 self._meeting.leave()
                 raise
