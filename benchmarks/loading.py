@@ -104,8 +104,8 @@ def dd_s(file: Path, sizes: Sequence[int], keeps: bool, first: int) -> list[floa
     starts = [0, *accumulate(sizes)]
     for i in (*range(first, len(sizes)), *range(first)):
         block = sizes[i] if keeps else _BLOCK_BYTES
-        place = [f"skip={starts[i] // block}", f"count={sizes[i] // block}"]
-        place = ["count=1"] if keeps else place
+        skipped = 0 if keeps else starts[i] // block
+        place = [f"skip={skipped}", f"count={sizes[i] // block}"]
         jobs[i] = _start(["dd", f"if={file}", "of=/dev/null", f"bs={block}", *place])
     took = []
     for i in range(len(sizes)):
