@@ -59,6 +59,6 @@ def _drain_on_signal(llm: LLM, is_alone: bool) -> None:
         threading.Thread(target=llm.drain).start()
         signal.signal(number, signal.SIG_DFL)
 
-    # Under mpirun, SIGINT and SIGTERM leave a quarter of a second.
+    # Under mpirun, SIGINT and SIGTERM leave no time to drain.
     for number in (signal.SIGUSR1, *((signal.SIGINT, signal.SIGTERM) if is_alone else ())):
         signal.signal(number, drain)

@@ -1,7 +1,8 @@
 """How a rank ends when it cannot end in order. Knows signals and MPI's abort; knows no judgement.
 
-mpirun ends ranks by SIGTERM, and by SIGKILL 250 ms later. A handler does not run in a rank whose
-main thread is in native code, so SIGTERM is held back in every thread and a thread waits for it.
+mpirun ends ranks by SIGTERM, and by SIGKILL 250 ms later or, if sooner, when one of them has ended.
+A handler does not run in a rank whose main thread is in native code, so SIGTERM is held back in
+every thread and a thread waits for it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from mlx_dist.cluster.control import ABORT_CODE
 if TYPE_CHECKING:
     from mlx_dist.cluster.mpi import MpiWire
 
+# What mpirun leaves of a rank's time for last words, if no rank is gone before.
+LAST_WORDS_S = 0.2
 # Else mpirun's words about the end come first, or through the middle of what was said.
 _SAY_FIRST_S = 0.1
 # Where the network is cut, MPI_Abort may not return, and mpirun waits for ever for the other side.
@@ -70,7 +73,7 @@ class Ending:
         self._lock = threading.Lock()
 
     def before(self, say: Callable[[], None]) -> None:
-        """Call `say` once before the process ends otherwise than in order, within 250 ms."""
+        """Call `say` once before the process ends otherwise than in order, in LAST_WORDS_S."""
         self._words.append(say)
 
     def watch(self) -> None:
@@ -103,7 +106,10 @@ class Ending:
 
     def _await_sigterm(self) -> None:
         signal.sigwait({signal.SIGTERM})
+        start_s = time.monotonic()
         self._say_last_words()
+        # Whoever went first would take the others' time: mpirun kills them then.
+        time.sleep(max(0.0, LAST_WORDS_S - (time.monotonic() - start_s)))
         # As if it had never been held back.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         os.kill(os.getpid(), signal.SIGTERM)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import uvicorn
 from starlette.types import ASGIApp
 
+from mlx_dist.cluster.ending import LAST_WORDS_S
 from mlx_dist.serve.choices import Desk
 from mlx_dist.serve.failures import ending, not_ready
 from mlx_dist.serve.metrics import Metrics
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from mlx_dist.serve.llm import LLM
 
 _POLL_S = 0.005
-# mpirun leaves a rank 250 ms between SIGTERM and SIGKILL.
-_LAST_WORDS_S = 0.2
 
 
 class HttpServer:
@@ -83,7 +82,7 @@ class HttpServer:
 
     def end_now(self) -> None:
         """Answer what is open with an error, from any thread of a process that is about to end."""
-        deadline_s = time.monotonic() + _LAST_WORDS_S
+        deadline_s = time.monotonic() + LAST_WORDS_S
         self._desk.close(ending())
         while self._server.server_state.tasks and time.monotonic() < deadline_s:
             time.sleep(_POLL_S)

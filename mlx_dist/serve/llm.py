@@ -237,7 +237,7 @@ class LLM:
         self._leader.drain()
 
     def before_end(self, say: Callable[[], None]) -> None:
-        """Call `say` once, within 250 ms, if this process must end otherwise than in order."""
+        """Call `say` once, for 200 ms at most, if this process ends otherwise than in order."""
         self._session.world.ending.before(say)
 
     def stats(self) -> Stats:

@@ -92,21 +92,21 @@ def test_a_rank_that_never_joins_is_given_up():
     [("KILL", 1, 2), ("KILL", 1, 3), ("KILL", 2, 3), ("STOP", 1, 3), ("STOP", 2, 3)],
 )
 def test_clients_are_told_before_the_end(kind, rank, num_ranks):
-    """mpirun leaves 250 ms once a rank is killed; after a verdict the first rank has its time."""
+    """A killed rank leaves the first one 200 ms for it, a verdict as long as it takes."""
     ends_with = 137 if kind == "KILL" else 86
     with serving(*SERVE, num_ranks=num_ranks, ends_with=ends_with) as server:
         pids = pids_of(server)
         started = []
         with server.client() as client, ThreadPoolExecutor(10) as pool:
             stream = pool.submit(what_a_stream_ends_with, client, started)
-            answer = pool.submit(what_an_answer_ends_with, client)
-            queued = [pool.submit(what_an_answer_ends_with, client) for _ in range(8)]
-            wait_for(lambda: started and server.stats["num_waiting"])
+            wait_for(lambda: started)
+            answers = [pool.submit(what_an_answer_ends_with, client) for _ in range(9)]
+            wait_for(lambda: num_under_way(server) == 10)
             os.kill(pids[rank], getattr(signal, f"SIG{kind}"))
             began_s = time.monotonic()
             error = stream.result()
             assert error.code == "ending", error
-            for each in (answer, *queued):
+            for each in answers:
                 error = each.result()
                 assert (error.status_code, error.code) == (503, "ending")
                 assert error.response.headers["retry-after"] == "2"
@@ -118,6 +118,12 @@ def test_clients_are_told_before_the_end(kind, rank, num_ranks):
         assert took_s < TIMEOUT_S + 1
         assert f"error: rank {rank} (" in "".join(server.log)
         assert "is silent for 1." in "".join(server.log)
+
+
+def test_every_rank_waits_for_the_last_words(tmp_path):
+    """mpirun kills all that is left when a rank that it has sent SIGTERM is gone."""
+    done = program("last_words", tmp_path, num_ranks=3)
+    assert (done.code, done.out) == (137, "last words\n"), done.err
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -164,6 +170,11 @@ def wait_for(condition):
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def num_under_way(server):
+    """Eight of them in a sequence's place, the others in the queue."""
+    return server.stats["num_active"] + server.stats["num_waiting"]
 
 
 def pids_of(server):
