@@ -25,6 +25,7 @@ import mlx.core as mx
 from mlx_dist.cluster import mpi
 from mlx_dist.cluster.collective import TensorGroup, kept
 from mlx_dist.cluster.control import MEETING_S, Control, LoneWire, Wire, deadline
+from mlx_dist.cluster.cores import become_batch_job
 from mlx_dist.cluster.ending import Ending, bounded, hold_back_sigterm
 from mlx_dist.cluster.fabric import FabricWire
 from mlx_dist.cluster.mpi import MpiWire
@@ -224,8 +225,10 @@ def join(
     pulse = Pulse(heartbeat_timeout_s)
     if mpi.world_size() > 1:
         hold_back_sigterm()
+        become_batch_job()
         return _join_under_mpirun(fabric, jaccl_devices, pulse)
     if "MLX_RANK" in os.environ:
+        become_batch_job()
         return _join_under_mlx_launch(fabric, pulse)
     if fabric not in (Fabric.auto, Fabric.mpi):
         raise ConfigError(
