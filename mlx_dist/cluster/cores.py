@@ -14,6 +14,7 @@ def become_batch_job() -> None:
     have a core each, that thread would else interrupt the one that builds what comes next.
     A policy that somebody has chosen stays. Elsewhere than on Linux nothing changes.
     """
-    if sys.platform == "linux" and os.sched_getscheduler(0) == os.SCHED_OTHER:
+    if sys.platform == "linux":
         with suppress(OSError):  # A container may forbid it.
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+            if os.sched_getscheduler(0) == os.SCHED_OTHER:
+                os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))

@@ -23,7 +23,7 @@ from mlx_dist.cluster.control import ABORT_CODE
 if TYPE_CHECKING:
     from mlx_dist.cluster.mpi import MpiWire
 
-# What mpirun leaves of a rank's time for last words, if no rank is gone before.
+# How long a rank stays after SIGTERM: less than mpirun's 250 ms, enough for the first one's words.
 LAST_WORDS_S = 0.2
 # Else mpirun's words about the end come first, or through the middle of what was said.
 _SAY_FIRST_S = 0.1
