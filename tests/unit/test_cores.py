@@ -29,3 +29,15 @@ def test_threads_that_are_started_are_batch_jobs_too():
 def test_a_policy_that_was_chosen_stays():
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(policies_after, os.SCHED_IDLE).result() == (os.SCHED_IDLE, os.SCHED_IDLE)
+
+
+@pytest.mark.parametrize("call", ["sched_getscheduler", "sched_setscheduler"])
+def test_a_container_may_forbid_it(call, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(f"{call} is not permitted")
+
+    before = os.sched_getscheduler(0)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, refuse)
+        become_batch_job()
+    assert os.sched_getscheduler(0) == before
