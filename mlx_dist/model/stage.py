@@ -18,6 +18,7 @@ import mlx.nn as nn
 from mlx_dist.messages import KvCost, Row, Step
 from mlx_dist.model.cache import SlotCaches
 from mlx_dist.model.families import Anatomy, StandIn, hidden_argument, hidden_output
+from mlx_dist.model.rotation import Angles, share_angles
 
 
 class _Elsewhere(StandIn):
@@ -95,6 +96,10 @@ class Stage:
         self.slots = SlotCaches(model, anatomy, start, end, batches=batches, pads=pads)
         self._model = model
         self._layers = anatomy.layers
+        self._angles: list[Angles] = []
+        # Elsewhere a rotation is one kernel.
+        if mx.default_device() == mx.cpu:
+            self._angles = share_angles(self._layers[start:end])
         self._hidden_tail = anatomy.hidden_tail
         self.hidden_dtype_in = anatomy.hidden_dtypes[start]
         self.vocab_size = anatomy.vocab_size
@@ -122,6 +127,8 @@ class Stage:
         if not self.is_first:
             assert hidden_BLD is not None
             self._entrance.hidden_BLD = hidden_BLD
+        for angles in self._angles:
+            angles.forget()
         lengths = [len(row.tokens) for row in step.rows]
         caches = self.slots.of(step.microbatch, [row.slot for row in step.rows])
         self.slots.pad(step.microbatch, lengths)
