@@ -12,7 +12,9 @@ stall        8 streams decode on two ranks and a 2,048-token prompt comes: the 9
              their token gaps until its first token, over the median gap before (bar 2.5); and
              their median gap while its answer is generated
 idle         CPU share of each of two ranks over 60 s without a request (bar 3% of a core), and the
-             first token's time after that less that of a server that has just answered (bar 5 ms)
+             first token's time after that less that of a server that has just answered (bar 5 ms);
+             beside it, what the machine takes longer after the same 60 s for a process that only
+             sleeps, and multiplies one row by each of the model's weights when it is asked to
 """
 
 from __future__ import annotations
@@ -20,9 +22,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -40,6 +45,22 @@ _ANSWER_TOKENS = 32
 # A short prompt, so that the time is the server's waking and not its work.
 _SHORT_PROMPT_TOKENS = 4
 _NUM_BUSY = 8
+
+# Answers each line with the seconds of one row's product with each weight.
+_PRODUCTS = """
+import sys, time
+from mlx_dist.cluster.blas import preload_blas
+preload_blas(1)
+import mlx.core as mx
+mx.set_default_device(mx.cpu)
+weights = [w for name, w in mx.load(sys.argv[1]).items() if w.ndim == 2 and "embed" not in name]
+rows = {w.shape[1]: mx.ones((1, w.shape[1])) for w in weights}
+mx.eval(weights, rows)
+for line in sys.stdin:
+    start = time.perf_counter()
+    mx.eval([rows[w.shape[1]] @ w.T for w in weights])
+    print(time.perf_counter() - start, flush=True)
+"""
 
 Measurement = dict[str, object]
 
@@ -135,32 +156,62 @@ def stall(kind: Kind, model: Path, scratch: Path, rounds: int) -> Measurement:
     }
 
 
+@contextmanager
+def _products(model: Path) -> Iterator[Callable[[], float]]:
+    """A process that multiplies when it is called, and answers the seconds of that."""
+    command = [sys.executable, "-c", _PRODUCTS, str(model / "model.safetensors")]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with process, process.stdin as asked, process.stdout as answers:
+
+        def multiply() -> float:
+            asked.write("\n")
+            asked.flush()
+            return float(answers.readline())
+
+        yield multiply
+        asked.close()
+
+
 def idle(kind: Kind, model: Path, scratch: Path, rounds: int) -> Measurement:
     prompts = Prompts(3)
     shares: list[list[float]] = []
-    busy_s: list[float] = []
-    woken_s: list[float] = []
-    with running(kind, model, scratch) as server:
+    busy_s: tuple[list[float], list[float]] = ([], [])
+    woken_s: tuple[list[float], list[float]] = ([], [])
+    with running(kind, model, scratch) as server, _products(model) as multiply:
         pids = server.rank_pids()
-        for _ in range(rounds):
-            # The first comes after a pause.
-            _first_token_s(server, prompts, _SHORT_PROMPT_TOKENS)
-            busy_s += [
-                _first_token_s(server, prompts, _SHORT_PROMPT_TOKENS) for _ in range(_NUM_BUSY)
-            ]
+        asked = [lambda: _first_token_s(server, prompts, _SHORT_PROMPT_TOKENS), multiply]
+        for i in range(rounds):
+            for ask, times in zip(asked, busy_s, strict=True):
+                ask()  # The first comes after a pause.
+                times += [ask() for _ in range(_NUM_BUSY)]
             before, start_s = [cpu_s(pid) for pid in pids], time.perf_counter()
             time.sleep(IDLE_S)
             used = [cpu_s(pid) - at_start for pid, at_start in zip(pids, before, strict=True)]
             shares.append([each / (time.perf_counter() - start_s) for each in used])
-            woken_s.append(_first_token_s(server, prompts, _SHORT_PROMPT_TOKENS))
+            # Each is first to wake the machine in every other round.
+            for which in (0, 1) if i % 2 else (1, 0):
+                woken_s[which].append(asked[which]())
     most = [max(of_rank) for of_rank in zip(*shares, strict=True)]
-    extra_ms = 1e3 * (median(woken_s) - median(busy_s))
+    extra_ms, machine_ms = (
+        1e3 * (median(woken) - median(busy)) for woken, busy in zip(woken_s, busy_s, strict=True)
+    )
     print(
         f"idle for {IDLE_S:.0f} s: CPU {', '.join(f'{100 * share:.1f}%' for share in most)} of a "
-        f"core by rank (bar 3%); the first token then takes {1e3 * median(woken_s):.1f} ms, "
-        f"{extra_ms:+.1f} ms over a busy server's (bar 5 ms)"
+        f"core by rank (bar 3%); the first token then takes {1e3 * median(woken_s[0]):.1f} ms, "
+        f"{extra_ms:+.1f} ms over a busy server's (bar 5 ms); a process that slept and multiplied "
+        f"took {machine_ms:+.1f} ms"
     )
-    return {"cpu_shares": shares, "busy_s": busy_s, "woken_s": woken_s, "extra_ms": extra_ms}
+    return {
+        "cpu_shares": shares,
+        "busy_s": busy_s[0],
+        "woken_s": woken_s[0],
+        "extra_ms": extra_ms,
+        "products_busy_s": busy_s[1],
+        "products_woken_s": woken_s[1],
+        "machine_ms": machine_ms,
+    }
 
 
 _MEASUREMENTS = {"first-token": first_token, "stall": stall, "idle": idle}

@@ -131,7 +131,7 @@ class Waiter:
     SPIN_S = 50e-6
     BUSY_SLEEP_S = 20e-6
     IDLE_AFTER_S = 1.0
-    IDLE_SLEEP_S = 2e-3
+    IDLE_SLEEP_S = 4e-3
 
     def __init__(self, is_idle: bool = False) -> None:
         self._idle_after_s = 0.0 if is_idle else self.IDLE_AFTER_S

@@ -116,8 +116,9 @@ class Admission:
         if not self.waiting or not num_free:
             return None
         group = Group(self._target(members, self.waiting[0]))
-        # Spread over all microbatches before any is full.
-        share = -(-(num_active + len(self.waiting)) // self._batching.num_microbatches)
+        # Spread before any is full.
+        num_in_all = self._num_in_all(members)
+        share = -(-num_in_all // self._batching.num_microbatches_for(num_in_all))
         room = min(share, self._batching.max_sequences) - len(members[group.target])
         room = min(max(room, 1), num_free)
         while self.waiting and len(group.sequences) < room:
@@ -164,12 +165,19 @@ class Admission:
         plans.append(Keep(sequence.slot, entry))
         return [*plans, Drop(dropped)] if dropped else plans
 
+    def _num_in_all(self, members: list[list[Sequence]]) -> int:
+        """The sequences once all who wait have entered, as far as there are slots."""
+        most = self._batching.num_microbatches * self._batching.max_sequences
+        return min(sum(map(len, members)) + len(self.waiting), most)
+
     def _target(self, members: list[list[Sequence]], sequence: Sequence) -> int:
         """The microbatch for `sequence`: of those it is like in length, one with the fewest.
 
-        If it is like none, it gets one of its own, or else goes where it causes least padding.
+        Those that suffice for all come first. If it is like none, it gets one of its own, or else
+        goes where it causes least padding.
         """
-        most, num_usual = self._batching.most_padding, self._batching.num_microbatches
+        most = self._batching.most_padding
+        num_usual = self._batching.num_microbatches_for(self._num_in_all(members))
         padding = {
             i: _padding([*of_one, sequence])
             for i, of_one in enumerate(members)
@@ -177,7 +185,7 @@ class Admission:
         }
         alike = [i for i in padding if padding[i] <= most and (i < num_usual or members[i])]
         if alike:
-            return min(alike, key=lambda i: len(members[i]))
+            return min(alike, key=lambda i: (i >= num_usual, len(members[i])))
         return min(padding, key=lambda i: padding[i])
 
     def _enter(

@@ -10,12 +10,14 @@ import math
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from mlx_dist.errors import ConfigError
 
 # A larger microbatch must bring this much more tokens a second.
 _WORTHWHILE = 1.05
+# As must another microbatch, which takes the room in the pipe that prompts could have.
+_WORTHWHILE_SPLIT = 1.15
 # Prompts may lengthen a stream's gaps between tokens to this many times what they are.
 _LONGEST_GAP = 2.2
 _TYPICAL_PROMPT = 2048
@@ -66,9 +68,40 @@ class StepTimes:
         return max(sum(self.decode_s(size) for size in sizes), latency_s)
 
     def prompt_s(self, num_tokens: int, chunk: int) -> float:
-        """Seconds of a prompt's way through the idle pipe in chunks."""
-        stages_s = interpolate(self.prefill, min(chunk, num_tokens))
-        return sum(stages_s) + (-(-num_tokens // chunk) - 1) * max(stages_s)
+        """Seconds of a prompt's way through the idle pipe in steps of up to `chunk` tokens."""
+        sizes: list[int] = []
+        while num_left := num_tokens - sum(sizes):
+            is_last = num_left <= chunk
+            before = sizes[-1] if sizes else 0
+            sizes.append(
+                self.last_prefill(num_left, before, num_tokens - num_left) if is_last else chunk
+            )
+        return self._through_s(sizes, 0, [0.0] * self.num_stages)
+
+    def last_prefill(self, num_left: int, before: int, num_cached: int) -> int:
+        """All tokens that a prompt has left, or half of them where the idle pipe is sooner done so.
+
+        Behind a prompt's last step the first stages have nothing more to do. The others are at the
+        step of `before` tokens that came before.
+        """
+        half = -(-num_left // 2)
+        free_s = [0.0] * self.num_stages
+        if before:
+            _, *others_s = self.prefill_stages_s(before, num_cached - before)
+            free_s = [0.0, *accumulate(others_s)]
+        whole_s = self._through_s([num_left], num_cached, free_s)
+        halves_s = self._through_s([half, num_left - half], num_cached, free_s)
+        return half if halves_s < whole_s else num_left
+
+    def _through_s(self, sizes: list[int], num_cached: int, free_s: list[float]) -> float:
+        """Seconds until steps of these tokens are through stages that are free after `free_s`."""
+        free_s = list(free_s)
+        for size in sizes:
+            at_s = 0.0
+            for i, stage_s in enumerate(self.prefill_stages_s(size, num_cached)):
+                at_s = free_s[i] = max(free_s[i], at_s) + stage_s
+            num_cached += size
+        return free_s[-1]
 
     def prefill_beside(self, sizes: list[int], slowdown: float, num_cached: int) -> int:
         """The most prompt tokens of one step beside microbatches of these sizes.
@@ -123,6 +156,21 @@ class Batching:
     times: StepTimes | None = None
     pads: bool = True
     most_padding: float = math.inf
+
+    def num_microbatches_for(self, num_sequences: int) -> int:
+        """Among how many microbatches so many sequences are spread.
+
+        As few as give them their tokens about as fast as more would.
+        """
+        most = min(num_sequences, self.num_microbatches)
+        if self.times is None or most < 2:
+            return most
+        least = -(-num_sequences // self.max_sequences)
+        rounds_s = {
+            m: self.times.round_s([-(-num_sequences // m)] * m) for m in range(least, most + 1)
+        }
+        enough_s = _WORTHWHILE_SPLIT * min(rounds_s.values())
+        return next(m for m, round_s in rounds_s.items() if round_s <= enough_s)
 
     @property
     def least_prefill(self) -> int:

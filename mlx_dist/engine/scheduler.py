@@ -50,11 +50,15 @@ class _Microbatch:
 
 @dataclass(slots=True)
 class _Prefill:
-    """Sequences whose prompts run in a microbatch of their own."""
+    """Sequences whose prompts run in a microbatch of their own.
+
+    Several have one step; of one alone, the step before had `before` tokens.
+    """
 
     number: int
     target: _Microbatch
     sequences: list[Sequence]
+    before: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +237,11 @@ class Scheduler:
                 return
 
     def _is_turn_of_prompts(self) -> bool:
-        num_busy = sum(bool(m.decoding) for m in self._microbatches)
+        busy = [m for m in self._microbatches if m.decoding]
+        num_busy = len(busy)
+        if len(self._in_flight) < self._num_stages and all(m.is_in_flight for m in busy):
+            # Nothing else could take the room in the pipe.
+            return True
         if self._num_decoded < min(num_busy, _STEPS_BETWEEN):
             return False
         # Better when the pipe is full: behind a prompt that enters before, stages run dry. Where
@@ -283,6 +291,7 @@ class Scheduler:
                 return prefill
 
     def _plan_prefill(self, prefill: _Prefill) -> None:
+        times = self.batching.times
         most = self._budget()(max(s.position for s in prefill.sequences))
         rows = []
         for sequence in prefill.sequences:
@@ -299,13 +308,16 @@ class Scheduler:
                     if border > sequence.position
                 ]
                 num_tokens = min(num_tokens, most, *ahead)
+                is_alone = self.num_active == 1 and not self.admission.waiting
+                if times and is_alone and num_tokens == sequence.num_to_prefill:
+                    num_tokens = times.last_prefill(num_tokens, prefill.before, sequence.position)
+                prefill.before = num_tokens
             start = sequence.position
             rows.append(
                 self._advance(sequence, list(sequence.request.prompt[start : start + num_tokens]))
             )
         record = prefill.sequences[0].request.record
         step = Step(prefill.number, rows, sample=False, record=record)
-        times = self.batching.times
         num_cached = sum(row.position for row in rows) // len(rows)
         num_tokens = step.shape[0] * step.shape[1]
         expected_s = times.prefill_s(num_tokens, num_cached) if times else None
@@ -347,7 +359,8 @@ class Scheduler:
         sizes = []
         if self._num_decoding:
             total = self.num_active + num_waiting
-            num_microbatches = min(total, self.batching.num_microbatches)
-            size = min(-(-total // num_microbatches), self.batching.max_sequences)
+            total = min(total, self.batching.num_microbatches * self.batching.max_sequences)
+            num_microbatches = self.batching.num_microbatches_for(total)
+            size = -(-total // num_microbatches)
             sizes = [size] * num_microbatches
         return partial(self.batching.prefill_tokens, sizes, slowdown, is_crowded)

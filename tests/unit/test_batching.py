@@ -70,6 +70,60 @@ def test_larger_microbatches_only_where_they_pay():
     assert choose(uneven, 2, 16).num_microbatches == 1
 
 
+def _stages(a, b, *factors):
+    """Stages that take a seconds for a step and b for each of its tokens, times their factors."""
+    curve = {n: tuple(factor * (a + b * n) for factor in factors) for n in (1, 8, 64, 512)}
+    return StepTimes(curve, curve)
+
+
+def _steps(times, num_tokens, chunk):
+    steps = []
+    while num_left := num_tokens - sum(steps):
+        before = steps[-1] if steps else 0
+        last = times.last_prefill(num_left, before, sum(steps))
+        steps.append(chunk if num_left > chunk else last)
+    return steps
+
+
+def test_the_last_step_of_a_prompt_is_halved_where_it_is_through_sooner():
+    # A step's own time is that of 32 tokens.
+    times = _stages(0.032, 0.001, 1.0, 0.8)
+    assert _steps(times, 1023, 256) == [256, 256, 256, 128, 64, 63]
+    assert times.prompt_s(1023, 256) < 3 * 0.288 + 0.287 + 0.8 * 0.287
+    # The second of two alike is always a step behind: only a first step can be less for it.
+    times = _stages(0.032, 0.001, 1.0, 1.0)
+    assert _steps(times, 1023, 256) == [256, 256, 256, 255]
+    assert _steps(times, 255, 256) == [128, 127]
+    assert _steps(_stages(0.032, 0.001, 1.0), 255, 256) == [255]
+
+
+@given(step_times(), st.integers(1, 600), st.integers(0, 600), st.integers(0, 600))
+def test_a_prompt_comes_to_its_end(times, num_left, before, num_cached):
+    size = times.last_prefill(num_left, min(before, num_cached), num_cached)
+    assert size in (num_left, -(-num_left // 2))
+
+
+def test_few_sequences_stay_together_where_a_step_of_more_takes_hardly_longer():
+    batching = Batching(4, 16, times=_stages(0.010, 0.0001, *[1.0] * 4))
+    assert [batching.num_microbatches_for(n) for n in (1, 4, 16, 17, 64)] == [1, 1, 1, 2, 4]
+    batching = Batching(4, 16, times=_stages(0.0001, 0.010, *[1.0] * 4))
+    assert [batching.num_microbatches_for(n) for n in (1, 4, 16, 64)] == [1, 4, 4, 4]
+    assert Batching(4, 16).num_microbatches_for(8) == 4
+
+
+@given(step_times(), st.integers(1, 5), st.integers(1, 32), st.integers(1, 160))
+def test_as_many_microbatches_as_do_nearly_best(times, m, size, num_sequences):
+    num_sequences = min(num_sequences, m * size)
+    chosen = Batching(m, size, times=times).num_microbatches_for(num_sequences)
+    assert 1 <= chosen <= m and chosen * size >= num_sequences
+    rounds_s = [
+        times.round_s([-(-num_sequences // k)] * k)
+        for k in range(-(-num_sequences // size), min(m, num_sequences) + 1)
+    ]
+    chosen_s = times.round_s([-(-num_sequences // chosen)] * chosen)
+    assert chosen_s <= 1.16 * min(rounds_s)
+
+
 @given(
     step_times(),
     st.lists(st.integers(1, 32), min_size=1, max_size=5),

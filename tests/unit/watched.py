@@ -80,6 +80,7 @@ class World:
     # When the last step was planned: the prompt tokens it could have, the microbatches decoding.
     limits: list[int] = field(default_factory=list)
     num_busy: int = 0
+    has_room: bool = False
     num_since_prefill: int = 0
 
     def __post_init__(self) -> None:
@@ -150,7 +151,12 @@ class World:
         )
         if can_admit:
             self.limits.clear()
-            self.num_busy = sum(bool(m.decoding) for m in self.scheduler._microbatches)
+            busy = [m for m in self.scheduler._microbatches if m.decoding]
+            self.num_busy = len(busy)
+            num_in_flight = self.scheduler.num_in_flight
+            self.has_room = (
+                all(m.is_in_flight for m in busy) and num_in_flight < self.scenario.num_stages
+            )
         plan = self.scheduler.next_plan()
         if can_admit:
             self.check_nobody_is_passed_over()
@@ -167,12 +173,12 @@ class World:
         return True
 
     def check_step(self, step: Step) -> None:
-        """Prompts take turns with decoding and stay within their budget."""
+        """Prompts take turns with decoding, or the room it leaves, and stay within their budget."""
         if step.sample:
             assert len(step.rows) <= self.scenario.batching.max_sequences
             self.num_since_prefill += 1
             return
-        assert self.num_since_prefill >= min(self.num_busy, 2)
+        assert self.has_room or self.num_since_prefill >= min(self.num_busy, 2)
         self.num_since_prefill = 0
         assert len(step.rows) * step.shape[1] <= self.limits[-1]
         for row in step.rows:
