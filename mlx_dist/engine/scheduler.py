@@ -297,21 +297,7 @@ class Scheduler:
         for sequence in prefill.sequences:
             num_tokens = sequence.num_to_prefill
             if len(prefill.sequences) == 1:
-                if num_tokens > most and self._num_decoding > 1:
-                    # Every round has one, not just now and then.
-                    is_long_pipe = self._num_stages > 2
-                    share = _LONG_PROMPT_SHARE_OF_MANY if is_long_pipe else _LONG_PROMPT_SHARE
-                    most = max(min(most, self.batching.least_prefill), int(share * most))
-                ahead = [
-                    border - sequence.position
-                    for border in self.admission.borders(sequence.request)
-                    if border > sequence.position
-                ]
-                num_tokens = min(num_tokens, most, *ahead)
-                is_alone = self.num_active == 1 and not self.admission.waiting
-                if times and is_alone and num_tokens == sequence.num_to_prefill:
-                    num_tokens = times.last_prefill(num_tokens, prefill.before, sequence.position)
-                prefill.before = num_tokens
+                num_tokens = prefill.before = self._step_of_one(prefill, sequence, most)
             start = sequence.position
             rows.append(
                 self._advance(sequence, list(sequence.request.prompt[start : start + num_tokens]))
@@ -328,6 +314,22 @@ class Scheduler:
             if sequence.position in self.admission.borders(sequence.request):
                 self._keep(sequence)
         self._merge_if_done(prefill)
+
+    def _step_of_one(self, prefill: _Prefill, sequence: Sequence, most: int) -> int:
+        """The tokens that the only prompt of `prefill` has in its next step, of `most`."""
+        num_left, times = sequence.num_to_prefill, self.batching.times
+        if num_left > most and self._num_decoding > 1:
+            # Every round has one, not just now and then.
+            is_long_pipe = self._num_stages > 2
+            share = _LONG_PROMPT_SHARE_OF_MANY if is_long_pipe else _LONG_PROMPT_SHARE
+            most = max(min(most, self.batching.least_prefill), int(share * most))
+        borders = self.admission.borders(sequence.request)
+        ahead = [border - sequence.position for border in borders if border > sequence.position]
+        num_tokens = min(num_left, most, *ahead)
+        is_alone = self.num_active == 1 and not self.admission.waiting
+        if times and is_alone and num_tokens == num_left:
+            return times.last_prefill(num_left, prefill.before, sequence.position)
+        return num_tokens
 
     def _merge_if_done(self, prefill: _Prefill) -> bool:
         """Let sequences whose prompts are in the pipe, all but the last token, decode."""
