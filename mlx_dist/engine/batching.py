@@ -16,7 +16,7 @@ from mlx_dist.errors import ConfigError
 
 # A larger microbatch must bring this much more tokens a second.
 _WORTHWHILE = 1.05
-# As must another microbatch, which takes the room in the pipe that prompts could have.
+# As must several microbatches, which take the room in the pipe that prompts could have.
 _WORTHWHILE_SPLIT = 1.15
 # Prompts may lengthen a stream's gaps between tokens to this many times what they are.
 _LONGEST_GAP = 2.2
@@ -160,17 +160,14 @@ class Batching:
     def num_microbatches_for(self, num_sequences: int) -> int:
         """Among how many microbatches so many sequences are spread.
 
-        As few as give them their tokens about as fast as more would.
+        One, if that gives them their tokens about as fast as all would.
         """
         most = min(num_sequences, self.num_microbatches)
-        if self.times is None or most < 2:
+        if self.times is None or num_sequences > self.max_sequences:
             return most
-        least = -(-num_sequences // self.max_sequences)
-        rounds_s = {
-            m: self.times.round_s([-(-num_sequences // m)] * m) for m in range(least, most + 1)
-        }
-        enough_s = _WORTHWHILE_SPLIT * min(rounds_s.values())
-        return next(m for m, round_s in rounds_s.items() if round_s <= enough_s)
+        apart_s = self.times.round_s([-(-num_sequences // most)] * most)
+        is_fast = self.times.round_s([num_sequences]) <= _WORTHWHILE_SPLIT * apart_s
+        return 1 if is_fast else most
 
     @property
     def least_prefill(self) -> int:

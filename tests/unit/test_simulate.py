@@ -48,8 +48,8 @@ def test_a_long_prompt_does_not_stall_the_streams(num_stages, times_of):
     batching = choose(times, num_stages, most_sequences=16)
     intrusion = long_prompt(times, num_stages, batching, HOP_S)
     assert intrusion.p99_during_s <= 2.5 * intrusion.median_before_s
-    # Nor do they stall it: eight streams leave it room in the pipe.
-    assert intrusion.ttft_s < 3.5 * times.prompt_s(2048, batching.prefill_chunk)
+    # Nor do they stall it: it takes the half of the time that is its own.
+    assert intrusion.ttft_s < 4 * times.prompt_s(2048, batching.prefill_chunk)
 
 
 def test_a_long_sequence_is_not_what_the_short_ones_are_padded_to():
