@@ -22,6 +22,7 @@ from mlx.utils import tree_flatten
 from mlx_dist.messages import KvCost
 from mlx_dist.model.cache import SlotCaches
 from mlx_dist.model.families import Anatomy, StandIn
+from mlx_dist.model.rotation import share_angles
 
 # Operations of a graph that compute nothing: other shapes of what is there, or constants.
 _VIEWS = frozenset(
@@ -94,6 +95,8 @@ def run(
     group = QuietGroup(1) if group is None else group
     slots, caches = _caches_by_layer(model, anatomy)
     layers = anatomy.layers
+    if not fused and mx.default_device() == mx.cpu:
+        share_angles(layers)  # As stages do.
     apart = [
         _Apart(layer, [caches[i] for i in indices], group)
         for layer, indices in zip(layers, anatomy.caches_of_layer, strict=True)
