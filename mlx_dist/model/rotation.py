@@ -105,7 +105,6 @@ def _geometric(num_pairs: int, base: float) -> mx.array:
     return mx.exp(steps * mx.array(math.log(base) / num_pairs, mx.float32))
 
 
-@partial(mx.compile, shapeless=True)
 def _turn(
     left: mx.array, right: mx.array, cosines: mx.array, sines: mx.array
 ) -> tuple[mx.array, mx.array]:
