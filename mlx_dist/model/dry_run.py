@@ -95,7 +95,7 @@ def run(
     group = QuietGroup(1) if group is None else group
     slots, caches = _caches_by_layer(model, anatomy)
     layers = anatomy.layers
-    if not fused and mx.default_device() == mx.cpu:
+    if not fused:
         share_angles(layers)  # As stages do.
     apart = [
         _Apart(layer, [caches[i] for i in indices], group)

@@ -78,8 +78,13 @@ class Rotation:
 
 
 def share_angles(layers: Iterable[nn.Module]) -> list[Angles]:
-    """Have the rotations in `layers` share their angles, as far as they are alike: those."""
+    """Have the rotations in `layers` share their angles, as far as they are alike: those.
+
+    None where a rotation is one kernel, as on GPUs.
+    """
     shared: dict[tuple[Any, ...], Angles] = {}
+    if mx.default_device() != mx.cpu:
+        return []
     for layer in layers:
         for module in layer.modules():
             for name, rope in list(module.items()):

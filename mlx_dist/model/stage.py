@@ -18,7 +18,7 @@ import mlx.nn as nn
 from mlx_dist.messages import KvCost, Row, Step
 from mlx_dist.model.cache import SlotCaches
 from mlx_dist.model.families import Anatomy, StandIn, hidden_argument, hidden_output
-from mlx_dist.model.rotation import Angles, share_angles
+from mlx_dist.model.rotation import share_angles
 
 
 class _Elsewhere(StandIn):
@@ -96,10 +96,7 @@ class Stage:
         self.slots = SlotCaches(model, anatomy, start, end, batches=batches, pads=pads)
         self._model = model
         self._layers = anatomy.layers
-        self._angles: list[Angles] = []
-        # Elsewhere a rotation is one kernel.
-        if mx.default_device() == mx.cpu:
-            self._angles = share_angles(self._layers[start:end])
+        self._angles = share_angles(self._layers[start:end])
         self._hidden_tail = anatomy.hidden_tail
         self.hidden_dtype_in = anatomy.hidden_dtypes[start]
         self.vocab_size = anatomy.vocab_size
